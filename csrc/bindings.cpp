@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module _C: the kernel table, CPU features, thread settings, build facts, and handles
+// for sets of experts. The only file that sees pybind11; it sees no torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/features.h"
+#include "cpu/kernel.h"
+#include "cpu/threads.h"
+#include "expert_sets.h"
+#include "registry.h"
+
+namespace py = pybind11;
+
+namespace {
+
+void throw_unless(const ey::Status& status) {
+  if (!status.ok) throw py::value_error(status.what);
+}
+
+py::list kernel_table() {
+  py::list out;
+  for (const ey::cpu::Kernel* k : ey::kernels()) {
+    py::list needs, missing;
+    for (const auto& feature : ey::cpu::kFeatureNames) {
+      if (!(k->needs & feature.bit)) continue;
+      needs.append(feature.name);
+      if (!(ey::cpu::features() & feature.bit)) missing.append(feature.name);
+    }
+    out.append(py::dict(py::arg("name") = std::string(ey::name_of(k->format)) + "_" + k->isa,
+                        py::arg("device") = "cpu", py::arg("format") = ey::name_of(k->format),
+                        py::arg("isa") = k->isa, py::arg("rank") = k->rank,
+                        py::arg("bf16_inputs") = k->bf16_inputs, py::arg("needs") = needs,
+                        py::arg("missing") = missing, py::arg("runnable") = ey::runnable(*k)));
+  }
+  return out;
+}
+
+py::dict cpu_features() {
+  py::dict out;
+  for (const auto& feature : ey::cpu::kFeatureNames) {
+    out[feature.name] = (ey::cpu::features() & feature.bit) != 0;
+  }
+  return out;
+}
+
+py::dict thread_limits() {
+  const auto limits = ey::cpu::thread_limits();
+  return py::dict(py::arg("affinity") = limits.affinity,
+                  py::arg("cgroup") = limits.cgroup ? py::object(py::int_(limits.cgroup)) : py::none(),
+                  py::arg("usable") = limits.usable());
+}
+
+template <class Enum>
+Enum parse(const std::string& name, std::initializer_list<std::pair<const char*, Enum>> names) {
+  std::string known;
+  for (const auto& [text, value] : names) {
+    if (name == text) return value;
+    known += (known.empty() ? "" : ", ") + std::string(text);
+  }
+  throw py::value_error("'" + name + "' is not one of " + known);
+}
+
+ey::Format parse_format(const std::string& name) {
+  return parse<ey::Format>(
+      name, {{"bf16", ey::Format::kBf16}, {"fp16", ey::Format::kFp16}, {"fp32", ey::Format::kFp32}});
+}
+
+std::string kernel_name(const std::string& format, const std::string& hidden_dtype) {
+  const auto dtype =
+      parse<ey::DType>(hidden_dtype, {{"bfloat16", ey::DType::kBF16},
+                                      {"float16", ey::DType::kF16},
+                                      {"float32", ey::DType::kF32}});
+  const ey::cpu::Kernel* kernel = nullptr;
+  throw_unless(ey::select_kernel(parse_format(format), dtype, &kernel));
+  return format + "_" + kernel->isa;
+}
+
+// pointers: one (gate, up, down, gate_bias, up_bias, down_bias) of addresses an expert; 0 is null.
+// The caller checks shapes and keeps the memory alive until remove_experts.
+int64_t add_experts(const std::string& format, const std::string& activation, float alpha,
+                    float limit, int64_t hidden_size, int64_t intermediate_size,
+                    int64_t gate_up_row_stride, int64_t down_row_stride,
+                    const std::vector<std::array<uintptr_t, 6>>& pointers) {
+  auto entry = std::make_unique<ey::ExpertSetEntry>();
+  entry->pointers.reserve(pointers.size());
+  for (const auto& p : pointers) {
+    entry->pointers.push_back({.gate = reinterpret_cast<const void*>(p[0]),
+                               .up = reinterpret_cast<const void*>(p[1]),
+                               .down = reinterpret_cast<const void*>(p[2]),
+                               .gate_bias = reinterpret_cast<const float*>(p[3]),
+                               .up_bias = reinterpret_cast<const float*>(p[4]),
+                               .down_bias = reinterpret_cast<const float*>(p[5])});
+  }
+  entry->set = {.format = parse_format(format),
+                .activation = parse<ey::Activation>(
+                    activation, {{"silu", ey::Activation::kSiluGlu},
+                                 {"gelu_tanh", ey::Activation::kGeluTanhGlu},
+                                 {"swigluoai", ey::Activation::kSwigluOai}}),
+                .alpha = alpha,
+                .limit = limit,
+                .num_experts = static_cast<int64_t>(pointers.size()),
+                .hidden_size = hidden_size,
+                .intermediate_size = intermediate_size,
+                .gate_up_row_stride = gate_up_row_stride,
+                .down_row_stride = down_row_stride,
+                .experts = entry->pointers.data()};
+  return ey::add_expert_set(std::move(entry));
+}
+
+py::dict experts_info(int64_t handle) {
+  const auto entry = ey::find_expert_set(handle);
+  if (entry == nullptr) throw py::value_error(std::to_string(handle) + " is not a live handle");
+  const char* isa = entry->last_isa.load(std::memory_order_relaxed);
+  const std::string format = ey::name_of(entry->set.format);
+  return py::dict(py::arg("format") = format,
+                  py::arg("last_kernel") =
+                      isa ? py::object(py::str(format + "_" + isa)) : py::object(py::none()),
+                  py::arg("calls") = entry->calls.load(std::memory_order_relaxed));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Expertyard's native module. Import torch before it; use the Python layer above it.";
+  m.def("kernels", &kernel_table);
+  m.def("cpu_features", &cpu_features);
+  m.def("thread_limits", &thread_limits);
+  m.def("kernel_name", &kernel_name, py::arg("format"), py::arg("hidden_dtype"));
+  m.def("force_isa", [](const char* isa) { throw_unless(ey::force_isa(isa)); },
+        py::arg("isa").none(true));
+  m.def("forced_isa", &ey::forced_isa);
+  m.def("add_experts", &add_experts, py::arg("format"), py::arg("activation"), py::arg("alpha"),
+        py::arg("limit"), py::arg("hidden_size"), py::arg("intermediate_size"),
+        py::arg("gate_up_row_stride"), py::arg("down_row_stride"), py::arg("pointers"));
+  m.def("remove_experts", &ey::remove_expert_set, py::arg("handle"));
+  m.def("experts_info", &experts_info, py::arg("handle"));
+  m.attr("build") = py::dict(py::arg("compiler") = "g++ " __VERSION__,
+                             py::arg("torch_target") = EY_TORCH_TARGET,
+                             py::arg("cuda") = EY_CUDA_VERSION,
+                             py::arg("cuda_architectures") = EY_CUDA_ARCHITECTURES);
+}

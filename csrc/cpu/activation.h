@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gated activations and the weighted combine, on whatever float vector F a room has.
+//
+// Each activation is (up + shift) * g * sigmoid(z):
+//   silu       z = g                                    shift 0
+//   gelu_tanh  z = sqrt(8 / pi) * (g + 0.044715 g^3)    shift 0    (0.5 (1 + tanh y) = sigmoid(2 y))
+//   swigluoai  z = alpha * g, g = min(gate, limit), up clamped to +-limit, shift 1
+#pragma once
+
+#include <type_traits>
+
+#include "kernel.h"
+
+namespace ey::cpu {
+namespace {
+
+// exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2) / 2. The polynomial is Taylor's to r^7,
+// whose rest is below half an ulp there. NaN stays NaN; large |x| saturates, never overflows.
+template <class F>
+inline typename F::V exp(typename F::V x) {
+  x = F::min(F::set(88.0f), F::max(F::set(-87.0f), x));
+  const auto n = F::round(F::mul(x, F::set(1.44269504088896341f)));
+  auto r = F::fma(n, F::set(-0.693359375f), x);       // ln 2 in two parts, the first exact in n * .
+  r = F::fma(n, F::set(2.12194440054690583e-4f), r);
+  auto p = F::set(1.0f / 5040);
+  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
+    p = F::fma(p, r, F::set(c));
+  }
+  return F::scale(p, n);
+}
+
+template <class F>
+inline typename F::V sigmoid(typename F::V z) {
+  const auto one = F::set(1.0f);
+  return F::div(one, F::add(one, exp<F>(F::mul(z, F::set(-1.0f)))));
+}
+
+template <class F, Activation kAct>
+inline typename F::V gate_up(typename F::V g, typename F::V u, float alpha, float limit) {
+  if constexpr (kAct == Activation::kSiluGlu) {
+    return F::mul(F::mul(u, g), sigmoid<F>(g));
+  } else if constexpr (kAct == Activation::kGeluTanhGlu) {
+    const auto cubic = F::fma(F::mul(F::mul(g, g), F::set(0.044715f)), g, g);
+    return F::mul(F::mul(u, g), sigmoid<F>(F::mul(cubic, F::set(1.59576912160573071f))));
+  } else {
+    g = F::min(F::set(limit), g);
+    u = F::min(F::set(limit), F::max(F::set(-limit), u));
+    const auto shifted = F::add(u, F::set(1.0f));
+    return F::mul(F::mul(shifted, g), sigmoid<F>(F::mul(g, F::set(alpha))));
+  }
+}
+
+template <class F, Activation kAct>
+void activate_as(const ActivateArgs& a) {
+  float bias[kBlockRows] = {};
+  for (int i = 0; i < a.num_rows; ++i) {
+    if (a.gate_bias != nullptr) bias[i] = a.gate_bias[i];
+    if (a.up_bias != nullptr) bias[kGateRows + i] = a.up_bias[i];
+  }
+  for (int t = 0; t < a.num_tokens; ++t) {
+    const float* c = a.c + t * kBlockRows;
+    float clean[kBlockRows];  // an I that is no multiple of kGateRows: h's padding must become zero
+    if (a.num_rows < kGateRows) {
+      for (int i = 0; i < kBlockRows; ++i) clean[i] = i % kGateRows < a.num_rows ? c[i] : 0.0f;
+      c = clean;
+    }
+    auto* h = reinterpret_cast<typename F::H*>(a.h + t * a.h_stride);
+    for (int i = 0; i < kGateRows; i += F::kWidth) {
+      const auto g = F::add(F::load(c + i), F::load(bias + i));
+      const auto u = F::add(F::load(c + kGateRows + i), F::load(bias + kGateRows + i));
+      F::store_h(h + i, gate_up<F, kAct>(g, u, a.alpha, a.limit));
+    }
+  }
+}
+
+template <class F>
+void activate(const ActivateArgs& a) {
+  switch (a.activation) {
+    case Activation::kSiluGlu:
+      return activate_as<F, Activation::kSiluGlu>(a);
+    case Activation::kGeluTanhGlu:
+      return activate_as<F, Activation::kGeluTanhGlu>(a);
+    case Activation::kSwigluOai:
+      return activate_as<F, Activation::kSwigluOai>(a);
+  }
+}
+
+template <class F>
+void combine(const CombineArgs& a) {
+  float bias[kBlockRows] = {};
+  if (a.bias != nullptr) __builtin_memcpy(bias, a.bias, a.num_rows * sizeof(float));
+  for (int t = 0; t < a.num_tokens; ++t) {
+    const float* c = a.c + t * kBlockRows;
+    float* strip = a.strip + int64_t{a.token[t]} * kBlockRows;
+    const auto weight = F::set(a.weight[t]);
+    for (int r = 0; r < kBlockRows; r += F::kWidth) {
+      const auto y = F::add(F::load(c + r), F::load(bias + r));
+      F::store(strip + r, F::fma(weight, y, F::load(strip + r)));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ey::cpu

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX-512 without bf16 products: weights become fp32, activations are fp32, sums are fp32.
+//
+// Tile: 4 rows x 6 tokens = 24 accumulators + 4 weight vectors + 1 activation of 32 zmm. A step of
+// 16 values is 24 FMA against 10 loads, so the two FMA units are the limit, not the load ports.
+#pragma once
+
+#include "../activation.h"
+#include "../convert.h"
+#include "../dot_tile.h"
+#include "../features.h"
+#include "floats.h"
+
+namespace ey::cpu {
+namespace {
+
+struct Vec {
+  using X = float;
+  using W = __m512;
+  using Acc = __m512;
+  static constexpr int kWidth = 16;
+  static constexpr int kMaxTokens = 6;
+  static constexpr int rows(int) { return 4; }
+
+  static Acc zero() { return _mm512_setzero_ps(); }
+  static __m512 load_x(const X* p) { return _mm512_loadu_ps(p); }
+  static void fma(Acc& acc, W w, __m512 x) { acc = _mm512_fmadd_ps(w, x, acc); }
+  static float sum(Acc a) { return _mm512_reduce_add_ps(a); }
+  static void sum4(Acc a, Acc b, Acc c, Acc d, float* out) {
+    _mm_storeu_ps(out, sum_of_four(a, b, c, d));
+  }
+};
+
+inline void load_row(const void* from, DType dtype, int64_t n, void* to) {
+  load_row_fp32(from, dtype, n, (n + kRowPad - 1) / kRowPad * kRowPad, static_cast<float*>(to));
+}
+
+template <class Weights>
+constexpr Kernel kernel(Format format) {
+  return {.isa = "avx512",
+          .format = format,
+          .needs = kFeatureAvx512,
+          .rank = 2,
+          .bf16_inputs = false,
+          .activation_size = sizeof(float),
+          .load_row = load_row,
+          .rows = rows<Vec, Weights>,
+          .activate = activate<Floats>,
+          .combine = combine<Floats>,
+          .store_row = store_row_fp32};
+}
+
+}  // namespace
+}  // namespace ey::cpu

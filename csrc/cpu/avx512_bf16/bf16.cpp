@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// bf16 weights x bf16 activations on AVX-512 BF16: vdpbf16ps adds two products to each fp32 lane.
+//
+// Tile: 4 rows x 6 tokens = 24 accumulators + 4 weight vectors + 1 activation of 32 zmm. A step of
+// 32 values is 24 vdpbf16ps (12 cycles at two a cycle) against 10 loads (5 cycles).
+// h is rounded to bf16 once: the only rounding between the input and the last sum. vdpbf16ps itself
+// takes subnormal inputs and results as zero.
+#include "../activation.h"
+#include "../avx512/floats.h"
+#include "../convert.h"
+#include "../dot_tile.h"
+#include "../features.h"
+
+namespace ey::cpu {
+namespace {
+
+struct Vec {
+  using X = uint16_t;
+  using W = __m512bh;
+  using Acc = __m512;
+  static constexpr int kWidth = 32;
+  static constexpr int kMaxTokens = 6;
+  static constexpr int rows(int) { return 4; }
+
+  static Acc zero() { return _mm512_setzero_ps(); }
+  static W load_x(const X* p) { return reinterpret_cast<W>(_mm512_loadu_si512(p)); }
+  static void fma(Acc& acc, W w, W x) { acc = _mm512_dpbf16_ps(acc, w, x); }
+  static float sum(Acc a) { return _mm512_reduce_add_ps(a); }
+  static void sum4(Acc a, Acc b, Acc c, Acc d, float* out) {
+    _mm_storeu_ps(out, sum_of_four(a, b, c, d));
+  }
+};
+
+struct Bf16 {
+  static constexpr int kSize = 2;
+  static Vec::W load(const char* p) { return reinterpret_cast<Vec::W>(_mm512_loadu_si512(p)); }
+  static Vec::W load_tail(const char* p, int n) {
+    const auto mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+    return reinterpret_cast<Vec::W>(_mm512_maskz_loadu_epi16(mask, p));
+  }
+};
+
+struct FloatsToBf16 : Floats {
+  using H = uint16_t;
+  static void store_h(H* p, V v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+  }
+};
+
+// dtype is bf16: the kernel serves no other (bf16_inputs)
+void load_row(const void* from, DType, int64_t n, void* to) {
+  __builtin_memcpy(to, from, n * sizeof(uint16_t));
+  const int64_t padded = (n + kRowPad - 1) / kRowPad * kRowPad;
+  __builtin_memset(static_cast<uint16_t*>(to) + n, 0, (padded - n) * sizeof(uint16_t));
+}
+
+constexpr Kernel bf16_avx512_bf16 = {.isa = "avx512_bf16",
+                                     .format = Format::kBf16,
+                                     .needs = kFeatureAvx512 | kFeatureAvx512Bf16,
+                                     .rank = 3,
+                                     .bf16_inputs = true,
+                                     .activation_size = sizeof(uint16_t),
+                                     .load_row = load_row,
+                                     .rows = rows<Vec, Bf16>,
+                                     .activate = activate<FloatsToBf16>,
+                                     .combine = combine<Floats>,
+                                     .store_row = store_row_fp32};
+
+}  // namespace
+EY_REGISTER_KERNEL(bf16_avx512_bf16);
+}  // namespace ey::cpu

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op in plain torch, in float64 by default: what every kernel is compared with.
+
+Slow and obvious on purpose. It works for every format that can be turned into plain tensors.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .errors import KernelError
+
+ACTIVATIONS = ("silu", "gelu_tanh", "swigluoai")
+
+SWIGLU_OAI_ALPHA = 1.702
+SWIGLU_OAI_LIMIT = 7.0
+
+
+def apply_activation(
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    alpha: float = SWIGLU_OAI_ALPHA,
+    limit: float = SWIGLU_OAI_LIMIT,
+) -> Tensor:
+    """h = act(gate, up), elementwise; gate and up of one shape and dtype.
+
+    silu       silu(gate) * up
+    gelu_tanh  gelu(gate, tanh approximation) * up
+    swigluoai  g = min(gate, limit), u = clamp(up, -limit, limit): (u + 1) * g * sigmoid(alpha * g),
+               as in gpt-oss
+    """
+    if activation == "silu":
+        return gate * torch.sigmoid(gate) * up
+    if activation == "gelu_tanh":
+        inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+        return 0.5 * gate * (1 + torch.tanh(inner)) * up
+    if activation == "swigluoai":
+        gate = gate.clamp(max=limit)
+        up = up.clamp(min=-limit, max=limit)
+        return (up + 1) * gate * torch.sigmoid(alpha * gate)
+    raise KernelError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def split_gate_up(gate_up: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The gate and up halves of a [..., 2I] or, along dim -2, [..., 2I, H] tensor's row dimension.
+
+    gate_up's rows are dimension 1 ([E, 2I] or [E, 2I, H]); both results are views.
+    """
+    if interleaved:
+        return gate_up[:, 0::2], gate_up[:, 1::2]
+    half = gate_up.shape[1] // 2
+    return gate_up[:, :half], gate_up[:, half:]
+
+
+def moe_experts_reference(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    interleaved: bool = False,
+    alpha: float = SWIGLU_OAI_ALPHA,
+    limit: float = SWIGLU_OAI_LIMIT,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """sum_k topk_weights[t, k] * FFN[topk_ids[t, k]](hidden_states[t]), all of it in dtype.
+
+    hidden_states [T, H], topk_ids [T, K] int, topk_weights [T, K], gate_up [E, 2I, H],
+    down [E, H, I], gate_up_bias [E, 2I], down_bias [E, H]; returns [T, H] in dtype.
+    An id of -1 or E adds nothing.
+    """
+    num_experts = down.shape[0]
+    x, weights = hidden_states.to(dtype), topk_weights.to(dtype)
+    out = torch.zeros_like(x)
+    w_gate, w_up = split_gate_up(gate_up, interleaved)
+    biases = split_gate_up(gate_up_bias, interleaved) if gate_up_bias is not None else None
+    for expert in range(num_experts):
+        token, k = torch.nonzero(topk_ids == expert, as_tuple=True)
+        if token.numel() == 0:
+            continue
+        gate = x[token] @ w_gate[expert].to(dtype).T
+        up = x[token] @ w_up[expert].to(dtype).T
+        if biases is not None:
+            gate = gate + biases[0][expert].to(dtype)
+            up = up + biases[1][expert].to(dtype)
+        y = apply_activation(gate, up, activation, alpha, limit) @ down[expert].to(dtype).T
+        if down_bias is not None:
+            y = y + down_bias[expert].to(dtype)
+        out.index_add_(0, token, y * weights[token, k, None])
+    return out

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PackedExperts: the experts of one layer on one device, where they lie.
+
+Nothing is copied here. The tensors may be a model's own parameters or views into a mapped file;
+a native handle stands for a table of pointers into them, one row an expert.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import KernelError
+from .native import _C
+from .reference import ACTIVATIONS, SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT, split_gate_up
+
+FORMAT_OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+class PackedExperts:
+    """Experts that a kernel can reach. Make it with from_tensors or from_experts.
+
+    handle             int, what the op takes; valid while this object lives
+    format             "bf16", "fp16" or "fp32"
+    device             torch.device of the weights, and so of the computation
+    num_experts, hidden_size, intermediate_size
+    nbytes             bytes of weights and biases that are here
+    """
+
+    def __init__(
+        self,
+        gate: Sequence[Tensor | None],
+        up: Sequence[Tensor | None],
+        down: Sequence[Tensor | None],
+        gate_bias: Sequence[Tensor | None],
+        up_bias: Sequence[Tensor | None],
+        down_bias: Sequence[Tensor | None],
+        activation: str,
+        alpha: float,
+        limit: float,
+    ) -> None:
+        if activation not in ACTIVATIONS:
+            raise KernelError(
+                f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+            )
+        self.activation, self.alpha, self.limit = activation, float(alpha), float(limit)
+        self._matrices = _matching_matrices(gate, up, down)
+        first = next(g for g in gate if g is not None)
+        self.num_experts = len(gate)
+        self.intermediate_size, self.hidden_size = first.shape
+        self.format = FORMAT_OF_DTYPE[first.dtype]
+        self.device = first.device
+        self._biases = [
+            _matching_biases(name, bias, size, self)
+            for name, bias, size in (
+                ("gate bias", gate_bias, self.intermediate_size),
+                ("up bias", up_bias, self.intermediate_size),
+                ("down bias", down_bias, self.hidden_size),
+            )
+        ]
+        self.handle = self._register()
+
+    @classmethod
+    def from_tensors(
+        cls,
+        gate_up: Tensor,
+        down: Tensor,
+        *,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        activation: str = "silu",
+        interleaved: bool = False,
+        alpha: float = SWIGLU_OAI_ALPHA,
+        limit: float = SWIGLU_OAI_LIMIT,
+    ) -> "PackedExperts":
+        """Experts stacked along dimension 0, as Hugging Face has them.
+
+        gate_up       [num_experts, 2 * intermediate_size, hidden_size] bf16, fp16 or fp32: gate
+                      rows, then up rows; interleaved=True: gate, up, gate, up ...
+        down          [num_experts, hidden_size, intermediate_size], same dtype and device
+        gate_up_bias  [num_experts, 2 * intermediate_size], rows in the same order; any float dtype
+        down_bias     [num_experts, hidden_size]
+        The last dimension must be contiguous; other strides are free, so views work.
+        Raises KernelError on anything else. Weights are used in place; biases are kept as fp32.
+        """
+        for name, t, dims in (("gate_up", gate_up, 3), ("down", down, 3)):
+            if t.dim() != dims:
+                raise KernelError(
+                    f"{name}: expected [num_experts, rows, columns], got {list(t.shape)}"
+                )
+        num_experts, rows, hidden_size = gate_up.shape
+        if rows % 2 or down.shape != (num_experts, hidden_size, rows // 2):
+            raise KernelError(
+                "gate_up and down: expected [num_experts, 2 * intermediate_size, hidden_size] and "
+                "[num_experts, hidden_size, intermediate_size], "
+                f"got {list(gate_up.shape)} and {list(down.shape)}"
+            )
+        none: list[Tensor | None] = [None] * num_experts
+        gate, up = split_gate_up(gate_up, interleaved)
+        gate_bias, up_bias, down_biases = none, none, none
+        if gate_up_bias is not None:
+            if gate_up_bias.shape != (num_experts, rows):
+                raise KernelError(
+                    f"gate_up_bias: expected [{num_experts}, {rows}], "
+                    f"got {list(gate_up_bias.shape)}"
+                )
+            halves = split_gate_up(gate_up_bias, interleaved)
+            gate_bias, up_bias = list(halves[0]), list(halves[1])
+        if down_bias is not None:
+            if down_bias.shape != (num_experts, hidden_size):
+                raise KernelError(
+                    f"down_bias: expected [{num_experts}, {hidden_size}], "
+                    f"got {list(down_bias.shape)}"
+                )
+            down_biases = list(down_bias)
+        return cls(
+            list(gate), list(up), list(down), gate_bias, up_bias, down_biases,
+            activation, alpha, limit,
+        )  # fmt: skip
+
+    @classmethod
+    def from_experts(
+        cls,
+        gate: Sequence[Tensor | None],
+        up: Sequence[Tensor | None],
+        down: Sequence[Tensor | None],
+        *,
+        gate_bias: Sequence[Tensor | None] | None = None,
+        up_bias: Sequence[Tensor | None] | None = None,
+        down_bias: Sequence[Tensor | None] | None = None,
+        activation: str = "silu",
+        alpha: float = SWIGLU_OAI_ALPHA,
+        limit: float = SWIGLU_OAI_LIMIT,
+    ) -> "PackedExperts":
+        """Experts one by one: gate, up [intermediate_size, hidden_size], down [hidden_size,
+        intermediate_size], biases [intermediate_size] and [hidden_size].
+
+        None: this expert is not here, and its share of the sum is left out. All experts have one
+        dtype, device and row stride. Raises KernelError on anything else.
+        """
+        none: list[Tensor | None] = [None] * len(gate)
+        return cls(
+            gate, up, down, gate_bias or none, up_bias or none, down_bias or none,
+            activation, alpha, limit,
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [t for group in (*self._matrices, *self._biases) for t in group if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def kernel_name(self, hidden_dtype: torch.dtype = torch.bfloat16) -> str:
+        """The kernel that serves hidden states of this dtype now. KernelError if none does."""
+        try:
+            return str(_C.kernel_name(self.format, str(hidden_dtype).removeprefix("torch.")))
+        except ValueError as error:
+            raise KernelError(str(error)) from None
+
+    @property
+    def last_kernel(self) -> str | None:
+        """The kernel that served the last call, None before the first: what really ran."""
+        name = _C.experts_info(self.handle)["last_kernel"]
+        return None if name is None else str(name)
+
+    @property
+    def calls(self) -> int:
+        """How many calls our kernels have served with these experts."""
+        return int(_C.experts_info(self.handle)["calls"])
+
+    def _register(self) -> int:
+        groups = (*self._matrices, *self._biases)
+        gate = next(g for g in self._matrices[0] if g is not None)
+        down = next(d for d in self._matrices[2] if d is not None)
+        pointers = [
+            tuple(0 if t is None else t.data_ptr() for t in expert) for expert in zip(*groups)
+        ]
+        return int(
+            _C.add_experts(
+                format=self.format,
+                activation=self.activation,
+                alpha=self.alpha,
+                limit=self.limit,
+                hidden_size=self.hidden_size,
+                intermediate_size=self.intermediate_size,
+                gate_up_row_stride=gate.stride(0) * gate.element_size(),
+                down_row_stride=down.stride(0) * down.element_size(),
+                pointers=pointers,
+            )
+        )
+
+    def __del__(self) -> None:
+        if (handle := self.__dict__.pop("handle", None)) is not None:
+            _C.remove_experts(handle)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedExperts":
+        """Shares the weights, which nothing here changes, under a handle of its own."""
+        copy = object.__new__(PackedExperts)
+        memo[id(self)] = copy
+        copy.__dict__.update({k: v for k, v in self.__dict__.items() if k != "handle"})
+        copy.handle = copy._register()
+        return copy
+
+    def __reduce__(self) -> Any:
+        raise KernelError(
+            "PackedExperts cannot be pickled: they are pointers into this process's memory. "
+            "Save the model with save_pretrained and load it again."
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"PackedExperts({self.num_experts} x [{self.intermediate_size}, {self.hidden_size}] "
+            f"{self.format}, {self.activation}, {self.device})"
+        )
+
+
+def _matching_matrices(
+    gate: Sequence[Tensor | None], up: Sequence[Tensor | None], down: Sequence[Tensor | None]
+) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+    if not len(gate) == len(up) == len(down) or len(gate) == 0:
+        raise KernelError(
+            "gate, up, down: expected one matrix an expert each, "
+            f"got {len(gate)}, {len(up)}, {len(down)}"
+        )
+    first: Tensor | None = next((g for g in gate if g is not None), None)
+    if first is None:
+        raise KernelError("gate: every expert is None; at least one must be here")
+    if first.dim() != 2 or first.dtype not in FORMAT_OF_DTYPE:
+        known = ", ".join(str(d).removeprefix("torch.") for d in FORMAT_OF_DTYPE)
+        raise KernelError(
+            f"gate: expected [intermediate_size, hidden_size] in {known}, "
+            f"got {list(first.shape)} {first.dtype}"
+        )
+    intermediate_size, hidden_size = first.shape
+    if intermediate_size == 0 or hidden_size == 0:
+        raise KernelError(f"gate: expected no empty dimension, got {list(first.shape)}")
+    for name, matrices, shape in (
+        ("gate", gate, (intermediate_size, hidden_size)),
+        ("up", up, (intermediate_size, hidden_size)),
+        ("down", down, (hidden_size, intermediate_size)),
+    ):
+        stride: int | None = None
+        for expert, (here, w) in enumerate(zip(gate, matrices)):
+            if (here is None) != (w is None):
+                raise KernelError(f"{name}[{expert}]: gate, up and down are not all here or absent")
+            if w is None:
+                continue
+            stride = w.stride(0) if stride is None else stride
+            if name == "up":
+                stride = first.stride(0)
+            problem = (
+                f"expected {list(shape)} {first.dtype} on {first.device}"
+                if (tuple(w.shape), w.dtype, w.device) != (shape, first.dtype, first.device)
+                else "expected contiguous rows"
+                if w.stride(1) != 1 and w.shape[1] > 1
+                else f"expected rows {stride} values apart, as in the other experts"
+                if w.stride(0) != stride
+                else None
+            )
+            if problem:
+                raise KernelError(
+                    f"{name}[{expert}]: {problem}, got {list(w.shape)} {w.dtype} on {w.device}, "
+                    f"strides {list(w.stride())}"
+                )
+    if first.device.type != "cpu":
+        raise KernelError(f"gate: no kernel of this build computes on {first.device}")
+    detached = [[None if w is None else w.detach() for w in group] for group in (gate, up, down)]
+    return detached[0], detached[1], detached[2]
+
+
+def _matching_biases(
+    name: str, biases: Sequence[Tensor | None], size: int, experts: PackedExperts
+) -> list[Tensor | None]:
+    """fp32 contiguous copies: biases are small, and one type serves every kernel."""
+    if len(biases) != experts.num_experts:
+        raise KernelError(f"{name}: expected {experts.num_experts} entries, got {len(biases)}")
+    out: list[Tensor | None] = []
+    for expert, bias in enumerate(biases):
+        if bias is None:
+            out.append(None)
+            continue
+        if tuple(bias.shape) != (size,) or bias.device != experts.device:
+            raise KernelError(
+                f"{name}[{expert}]: expected [{size}] on {experts.device}, "
+                f"got {list(bias.shape)} on {bias.device}"
+            )
+        out.append(bias.detach().to(torch.float32).contiguous())
+    return out
