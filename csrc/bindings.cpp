@@ -6,6 +6,7 @@
 
 #include "cpu/features.h"
 #include "cpu/kernel.h"
+#include "cpu/limits.h"
 #include "cpu/threads.h"
 #include "expert_sets.h"
 #include "registry.h"
@@ -64,6 +65,15 @@ Enum parse(const std::string& name, std::initializer_list<std::pair<const char*,
 ey::Format parse_format(const std::string& name) {
   return parse<ey::Format>(
       name, {{"bf16", ey::Format::kBf16}, {"fp16", ey::Format::kFp16}, {"fp32", ey::Format::kFp32}});
+}
+
+const ey::cpu::Kernel& kernel_called(const std::string& name) {
+  for (const ey::cpu::Kernel* k : ey::kernels()) {
+    if (name != std::string(ey::name_of(k->format)) + "_" + k->isa) continue;
+    if (!ey::runnable(*k)) throw py::value_error("this CPU cannot run the kernel " + name);
+    return *k;
+  }
+  throw py::value_error("no kernel is called '" + name + "'");
 }
 
 std::string kernel_name(const std::string& format, const std::string& hidden_dtype) {
@@ -135,6 +145,19 @@ PYBIND11_MODULE(_C, m) {
         py::arg("gate_up_row_stride"), py::arg("down_row_stride"), py::arg("pointers"));
   m.def("remove_experts", &ey::remove_expert_set, py::arg("handle"));
   m.def("experts_info", &experts_info, py::arg("handle"));
+  m.def(
+      "read_gbps",
+      [](const std::string& kernel, uintptr_t memory, int64_t bytes, int threads) {
+        return ey::cpu::read_gbps(kernel_called(kernel), reinterpret_cast<const char*>(memory),
+                                  bytes, threads);
+      },
+      py::arg("kernel"), py::arg("memory"), py::arg("bytes"), py::arg("threads"));
+  m.def(
+      "peak_gflops",
+      [](const std::string& kernel, int threads) {
+        return ey::cpu::peak_gflops(kernel_called(kernel), threads);
+      },
+      py::arg("kernel"), py::arg("threads"));
   m.attr("build") = py::dict(py::arg("compiler") = "g++ " __VERSION__,
                              py::arg("torch_target") = EY_TORCH_TARGET,
                              py::arg("cuda") = EY_CUDA_VERSION,

@@ -70,6 +70,11 @@ struct Kernel {
   void (*activate)(const ActivateArgs&);
   void (*combine)(const CombineArgs&);
   void (*store_row)(const float* from, int64_t n, DType dtype, void* to);
+
+  // Probes of the machine's limits (limits.h): multiply-adds in registers, counted in FLOPs; and a
+  // plain read of memory.
+  int64_t (*peak)(int64_t steps);
+  void (*read)(const char* p, int64_t bytes);
 };
 
 // Kernels are found through a linker section: no constructor runs, so no instruction of a room's

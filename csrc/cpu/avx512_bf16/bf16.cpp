@@ -10,6 +10,7 @@
 #include "../convert.h"
 #include "../dot_tile.h"
 #include "../features.h"
+#include "../probe.h"
 
 namespace ey::cpu {
 namespace {
@@ -25,6 +26,7 @@ struct Vec {
   static Acc zero() { return _mm512_setzero_ps(); }
   static W load_x(const X* p) { return reinterpret_cast<W>(_mm512_loadu_si512(p)); }
   static void fma(Acc& acc, W w, W x) { acc = _mm512_dpbf16_ps(acc, w, x); }
+  static void mix(Acc& acc, const char* p) { acc = _mm512_xor_ps(acc, _mm512_loadu_ps(p)); }
   static float sum(Acc a) { return _mm512_reduce_add_ps(a); }
   static void sum4(Acc a, Acc b, Acc c, Acc d, float* out) {
     _mm_storeu_ps(out, sum_of_four(a, b, c, d));
@@ -65,7 +67,9 @@ constexpr Kernel bf16_avx512_bf16 = {.isa = "avx512_bf16",
                                      .rows = rows<Vec, Bf16>,
                                      .activate = activate<FloatsToBf16>,
                                      .combine = combine<Floats>,
-                                     .store_row = store_row_fp32};
+                                     .store_row = store_row_fp32,
+                                     .peak = peak<Vec, 24>,
+                                     .read = read_lines<Vec, 1>};
 
 }  // namespace
 EY_REGISTER_KERNEL(bf16_avx512_bf16);

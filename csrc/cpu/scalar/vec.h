@@ -8,6 +8,7 @@
 #include "../activation.h"
 #include "../convert.h"
 #include "../dot_tile.h"
+#include "../probe.h"
 
 namespace ey::cpu {
 namespace {
@@ -23,6 +24,7 @@ struct Vec {
   static Acc zero() { return 0; }
   static float load_x(const X* p) { return *p; }
   static void fma(Acc& acc, W w, float x) { acc += w * x; }
+  static void mix(Acc& acc, const char* p) { acc += *reinterpret_cast<const float*>(p); }
   static float sum(Acc a) { return a; }
   static void sum4(Acc a, Acc b, Acc c, Acc d, float* out) {
     out[0] = a, out[1] = b, out[2] = c, out[3] = d;
@@ -63,7 +65,9 @@ constexpr Kernel kernel(Format format) {
           .rows = rows<Vec, Weights>,
           .activate = activate<Floats>,
           .combine = combine<Floats>,
-          .store_row = store_row_fp32};
+          .store_row = store_row_fp32,
+          .peak = peak<Vec, 8>,
+          .read = read_lines<Vec, 16>};
 }
 
 inline uint16_t load_16(const char* p) {
