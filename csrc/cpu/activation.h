@@ -55,19 +55,19 @@ void activate_as(const ActivateArgs& a) {
   float bias[kBlockRows] = {};
   for (int i = 0; i < a.num_rows; ++i) {
     if (a.gate_bias != nullptr) bias[i] = a.gate_bias[i];
-    if (a.up_bias != nullptr) bias[kGateRows + i] = a.up_bias[i];
+    if (a.up_bias != nullptr) bias[kHalfRows + i] = a.up_bias[i];
   }
   for (int t = 0; t < a.num_tokens; ++t) {
     const float* c = a.c + t * kBlockRows;
-    float clean[kBlockRows];  // an I that is no multiple of kGateRows: h's padding must become zero
-    if (a.num_rows < kGateRows) {
-      for (int i = 0; i < kBlockRows; ++i) clean[i] = i % kGateRows < a.num_rows ? c[i] : 0.0f;
+    float clean[kBlockRows];  // an I that is no multiple of kHalfRows: h's padding must become zero
+    if (a.num_rows < kHalfRows) {
+      for (int i = 0; i < kBlockRows; ++i) clean[i] = i % kHalfRows < a.num_rows ? c[i] : 0.0f;
       c = clean;
     }
     auto* h = reinterpret_cast<typename F::H*>(a.h + t * a.h_stride);
-    for (int i = 0; i < kGateRows; i += F::kWidth) {
+    for (int i = 0; i < kHalfRows; i += F::kWidth) {
       const auto g = F::add(F::load(c + i), F::load(bias + i));
-      const auto u = F::add(F::load(c + kGateRows + i), F::load(bias + kGateRows + i));
+      const auto u = F::add(F::load(c + kHalfRows + i), F::load(bias + kHalfRows + i));
       F::store_h(h + i, gate_up<F, kAct>(g, u, a.alpha, a.limit));
     }
   }

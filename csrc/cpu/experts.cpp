@@ -26,6 +26,7 @@ namespace ey::cpu {
 namespace {
 
 constexpr int64_t kTileTokens = 192;         // tokens of one tile c: 24 KB of L1 or L2
+constexpr int64_t kPanelK = 2048;            // weights of a row in one panel: 128 KB of L2 in bf16
 constexpr int64_t kPassBytes = 128ll << 20;  // bound on h; more tokens are done in passes
 constexpr int64_t kMinPassTokens = 64;
 
@@ -114,8 +115,9 @@ struct Pass {
   char* x;             // [num_tokens] rows
   char* h;             // [slots] rows
   int64_t x_stride, h_stride;
-  char* scratch;       // per thread: tile c, strip
+  char* scratch;       // per thread: tile c, panel, strip
   size_t scratch_bytes;
+  size_t panel_bytes;
 
   alignas(64) std::atomic<int64_t> next_w13{0};
   alignas(64) std::atomic<int64_t> next_w2{0};
@@ -124,7 +126,19 @@ struct Pass {
   float* tile(int thread) const {
     return reinterpret_cast<float*>(scratch + thread * scratch_bytes);
   }
-  float* strip(int thread) const { return tile(thread) + kTileTokens * kBlockRows; }
+  char* panel(int thread) const {
+    return reinterpret_cast<char*>(tile(thread) + kTileTokens * kBlockRows);
+  }
+  float* strip(int thread) const { return reinterpret_cast<float*>(panel(thread) + panel_bytes); }
+};
+
+// One block of weight rows and what this thread reads after it.
+struct Block {
+  const char* w[2];  // first row of each half
+  int num_rows[2];
+  const char* next[2];  // of the next block, or null
+  int64_t stride;
+  int64_t k;
 };
 
 // Rows of activations start a cache line apart from a power of two, or they would share L1 sets.
@@ -172,56 +186,101 @@ void load(Pass& p, int thread, int threads) {
     p.kernel.load_row(from + (p.begin + t) * from_stride, p.args.hidden_dtype, hidden,
                       p.x + t * p.x_stride);
   }
-  // Blocks of h are kGateRows wide, its padding is kRowPad wide: what no block writes must be zero.
+  // Blocks of h are kHalfRows wide, its padding is kRowPad wide: what no block writes must be zero.
   const int size = p.kernel.activation_size;
-  const int64_t written = ceil_div(p.set.intermediate_size, kGateRows) * kGateRows * size;
+  const int64_t written = ceil_div(p.set.intermediate_size, kHalfRows) * kHalfRows * size;
   for (int64_t s = thread; written < p.h_stride && s < p.slots(); s += threads) {
     std::memset(p.h + s * p.h_stride + written, 0, p.h_stride - written);
   }
 }
 
-// Calls each(begin, count) for the slots of active expert a, a tile of tokens at a time.
-template <class Each>
-void by_tile(const Pass& p, int a, Each each) {
-  for (int64_t s = p.first[a]; s < p.first[a + 1]; s += kTileTokens) {
-    each(s, static_cast<int>(std::min(kTileTokens, p.first[a + 1] - s)));
+// Multiplies a block with the x rows of active expert a's slots, a tile of tokens at a time, and
+// calls use(first slot, tokens) for each tile while it is in cache.
+template <class Use>
+void multiply(const Pass& p, int a, const Block& block, const void* const* x, int thread, Use use) {
+  const Kernel& kernel = p.kernel;
+  float* c = p.tile(thread);
+  const int64_t end = p.first[a + 1];
+  const bool packs = kernel.pack_from_tokens > 0 && end - p.first[a] >= kernel.pack_from_tokens;
+  const bool one_panel = block.k <= kPanelK;
+  bool packed = false;
+
+  for (int64_t s = p.first[a]; s < end; s += kTileTokens) {
+    const int tokens = static_cast<int>(std::min(kTileTokens, end - s));
+    const bool last = s + tokens == end;
+    if (!packs) {
+      for (int half = 0; half < 2; ++half) {
+        kernel.rows({.w = block.w[half],
+                     .w_stride = block.stride,
+                     .num_rows = block.num_rows[half],
+                     .k = block.k,
+                     .next = last ? block.next[half] : nullptr,
+                     .x = x + s,
+                     .num_tokens = tokens,
+                     .c = c + half * kHalfRows});
+      }
+    } else {
+      char* panel = p.panel(thread);
+      const int64_t weight_size = size_of(p.set.format);
+      for (int64_t k = 0; k < block.k; k += kPanelK) {
+        const int64_t length = std::min(kPanelK, block.k - k);
+        for (int half = 0; half < 2 && !(packed && one_panel); ++half) {
+          kernel.pack({.w = block.w[half] + k * weight_size,
+                       .w_stride = block.stride,
+                       .num_rows = block.num_rows[half],
+                       .k = length,
+                       .panel = panel,
+                       .half = half});
+        }
+        packed = true;
+        // What is packed next: these rows' next stretch, or (at the end) the next block.
+        PanelArgs args = {.panel = panel,
+                          .k = length,
+                          .x = x + s,
+                          .x_offset = k * kernel.activation_size,
+                          .num_tokens = tokens,
+                          .add = k > 0,
+                          .c = c,
+                          .next = {nullptr, nullptr},
+                          .next_stride = block.stride};
+        for (int half = 0; half < 2; ++half) {
+          if (k + length < block.k) {
+            args.next[half] = block.w[half] + (k + length) * weight_size;
+          } else if (last) {
+            args.next[half] = block.next[half];
+          }
+        }
+        kernel.panel(args);
+      }
+    }
+    use(s, tokens);
   }
 }
 
-void w13_block(Pass& p, int a, int64_t block, float* c) {
+void w13_block(Pass& p, int a, int64_t index, int thread) {
   const ExpertSet& set = p.set;
   const ExpertPointers& e = set.experts[p.active[a]];
-  const int64_t row = block * kGateRows;
-  const int num_rows = static_cast<int>(std::min<int64_t>(kGateRows, set.intermediate_size - row));
   const int64_t stride = set.gate_up_row_stride;
-
-  // What this thread reads next: the following block, or the next expert's first.
-  const ExpertPointers* next_expert = &e;
-  int64_t next_row = row + kGateRows;
-  if (next_row >= set.intermediate_size) {
-    next_row = 0;
-    next_expert = a + 1 < p.num_active ? &set.experts[p.active[a + 1]] : nullptr;
-  }
-  const auto rows_of = [&](const void* matrix, int64_t r) {
+  const int64_t row = index * kHalfRows;
+  const int num_rows = static_cast<int>(std::min<int64_t>(kHalfRows, set.intermediate_size - row));
+  const auto rows_of = [stride](const void* matrix, int64_t r) {
     return static_cast<const char*>(matrix) + r * stride;
   };
-
-  by_tile(p, a, [&](int64_t s, int tokens) {
-    const bool last = s + tokens == p.first[a + 1];
-    RowsArgs rows = {.w = rows_of(e.gate, row),
-                     .w_stride = stride,
-                     .num_rows = num_rows,
-                     .k = set.hidden_size,
-                     .next = last && next_expert ? rows_of(next_expert->gate, next_row) : nullptr,
-                     .x = p.x_of + s,
-                     .num_tokens = tokens,
-                     .c = c};
-    p.kernel.rows(rows);
-    rows.w = rows_of(e.up, row);
-    rows.next = last && next_expert ? rows_of(next_expert->up, next_row) : nullptr;
-    rows.c = c + kGateRows;
-    p.kernel.rows(rows);
-    p.kernel.activate({.c = c,
+  Block block = {.w = {rows_of(e.gate, row), rows_of(e.up, row)},
+                 .num_rows = {num_rows, num_rows},
+                 .next = {nullptr, nullptr},
+                 .stride = stride,
+                 .k = set.hidden_size};
+  if (row + kHalfRows < set.intermediate_size) {
+    block.next[0] = rows_of(e.gate, row + kHalfRows);
+    block.next[1] = rows_of(e.up, row + kHalfRows);
+  } else if (a + 1 < p.num_active) {
+    const ExpertPointers& next = set.experts[p.active[a + 1]];
+    block.next[0] = rows_of(next.gate, 0);
+    block.next[1] = rows_of(next.up, 0);
+  }
+  multiply(p, a, block, p.x_of, thread, [&](int64_t s, int tokens) {
+    p.kernel.activate({.c = p.tile(thread),
                        .num_tokens = tokens,
                        .num_rows = num_rows,
                        .gate_bias = e.gate_bias ? e.gate_bias + row : nullptr,
@@ -235,7 +294,7 @@ void w13_block(Pass& p, int a, int64_t block, float* c) {
 }
 
 void w13(Pass& p, int thread, int threads) {
-  const int64_t blocks = ceil_div(p.set.intermediate_size, kGateRows);
+  const int64_t blocks = ceil_div(p.set.intermediate_size, kHalfRows);
   const int64_t tasks = blocks * p.num_active;
   // Long runs read memory in address order; short ones at the end let threads finish together.
   const int64_t longest = std::clamp<int64_t>(tasks / (threads * 4), 1, 16);
@@ -243,14 +302,15 @@ void w13(Pass& p, int thread, int threads) {
     const int64_t begin = p.next_w13.fetch_add(longest, std::memory_order_relaxed);
     if (begin >= tasks) return;
     for (int64_t task = begin; task < std::min(begin + longest, tasks); ++task) {
-      w13_block(p, static_cast<int>(task / blocks), task % blocks, p.tile(thread));
+      w13_block(p, static_cast<int>(task / blocks), task % blocks, thread);
     }
   }
 }
 
-void w2_strip(Pass& p, int64_t strip_index, float* c, float* strip) {
+void w2_strip(Pass& p, int64_t index, int thread) {
   const ExpertSet& set = p.set;
-  const int64_t row = strip_index * kBlockRows;
+  float* strip = p.strip(thread);
+  const int64_t row = index * kBlockRows;
   const int num_rows = static_cast<int>(std::min<int64_t>(kBlockRows, set.hidden_size - row));
   const auto rows_of = [&](int a, int64_t r) {
     return static_cast<const char*>(set.experts[p.active[a]].down) + r * set.down_row_stride;
@@ -258,22 +318,21 @@ void w2_strip(Pass& p, int64_t strip_index, float* c, float* strip) {
   std::memset(strip, 0, p.num_tokens * kBlockRows * sizeof(float));
   for (int a = 0; a < p.num_active; ++a) {
     const ExpertPointers& e = set.experts[p.active[a]];
-    const char* next = nullptr;  // the same columns of the next expert, then the next columns
-    if (a + 1 < p.num_active) {
-      next = rows_of(a + 1, row);
-    } else if (row + kBlockRows < set.hidden_size) {
-      next = rows_of(0, row + kBlockRows);
+    Block block = {.w = {rows_of(a, row), rows_of(a, row + kHalfRows)},
+                   .num_rows = {std::min(num_rows, kHalfRows), std::max(0, num_rows - kHalfRows)},
+                   .next = {nullptr, nullptr},
+                   .stride = set.down_row_stride,
+                   .k = set.intermediate_size};
+    // Next: the same columns of the next expert, then the next columns.
+    const bool more = a + 1 < p.num_active;
+    if (more || row + kBlockRows < set.hidden_size) {
+      const int next = more ? a + 1 : 0;
+      const int64_t next_row = more ? row : row + kBlockRows;
+      block.next[0] = rows_of(next, next_row);
+      block.next[1] = rows_of(next, next_row + kHalfRows);
     }
-    by_tile(p, a, [&](int64_t s, int tokens) {
-      p.kernel.rows({.w = rows_of(a, row),
-                     .w_stride = set.down_row_stride,
-                     .num_rows = num_rows,
-                     .k = set.intermediate_size,
-                     .next = s + tokens == p.first[a + 1] ? next : nullptr,
-                     .x = p.h_of + s,
-                     .num_tokens = tokens,
-                     .c = c});
-      p.kernel.combine({.c = c,
+    multiply(p, a, block, p.h_of, thread, [&](int64_t s, int tokens) {
+      p.kernel.combine({.c = p.tile(thread),
                         .num_tokens = tokens,
                         .num_rows = num_rows,
                         .bias = e.down_bias ? e.down_bias + row : nullptr,
@@ -295,7 +354,7 @@ void w2(Pass& p, int thread) {
   for (;;) {
     const int64_t strip = p.next_w2.fetch_add(1, std::memory_order_relaxed);
     if (strip >= strips) return;
-    w2_strip(p, strip, p.tile(thread), p.strip(thread));
+    w2_strip(p, strip, thread);
   }
 }
 
@@ -320,8 +379,10 @@ Status moe_experts(const Kernel& kernel, const MoeArgs& args, int num_threads) {
   const int64_t per_pass =
       std::min(args.num_tokens, std::max(kMinPassTokens, kPassBytes / h_bytes));
   const int64_t slots = per_pass * args.top_k;
-  const int64_t floats = kTileTokens * kBlockRows + per_pass * kBlockRows;
-  const size_t scratch_bytes = Arena::bytes_of<float>(floats) + 128;
+  const int64_t longest = std::min(kPanelK, std::max(set.hidden_size, set.intermediate_size));
+  const size_t panel_bytes = kernel.pack_from_tokens > 0 ? kernel.panel_bytes(longest) : 0;
+  const size_t scratch_bytes = Arena::bytes_of<float>((kTileTokens + per_pass) * kBlockRows) +
+                               Arena::bytes_of<char>(panel_bytes) + 128;
 
   thread_local Arena arena;
   const bool reserved = arena.reserve(
@@ -364,7 +425,8 @@ Status moe_experts(const Kernel& kernel, const MoeArgs& args, int num_threads) {
                  .x_stride = x_stride,
                  .h_stride = h_stride,
                  .scratch = scratch,
-                 .scratch_bytes = scratch_bytes};
+                 .scratch_bytes = scratch_bytes,
+                 .panel_bytes = Arena::bytes_of<char>(panel_bytes)};
     count(pass, cursor);
     run_team(num_threads, run_pass, &pass);
   }

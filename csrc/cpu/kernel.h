@@ -2,9 +2,12 @@
 // The border between the schedule (experts.cpp, written once) and the rooms (scalar/, avx2/, ...):
 // a kernel is a handful of inner loops for one weight format on one instruction set.
 //
-// The schedule works in blocks of kBlockRows weight rows: 16 gate rows and their 16 up rows, or 32
-// down rows. `rows` leaves a block's dot products in a small fp32 tile c[token][row], which stays
-// in cache until `activate` or `combine` has used it.
+// The schedule works in blocks of two halves of kHalfRows weight rows: 16 gate rows and their 16 up
+// rows, or 32 down rows. A block's dot products are left in a small fp32 tile c[token][row], which
+// stays in cache until `activate` or `combine` has used it. There are two ways to them:
+//   rows          straight from the weights' own rows: few tokens, memory is the limit
+//   pack, panel   a block is re-ordered once into a panel in cache, then used for all tokens of the
+//                 expert: many tokens, arithmetic is the limit. Optional.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +17,7 @@
 namespace ey::cpu {
 
 inline constexpr int kBlockRows = 32;  // floats per token in a tile: two cache lines
-inline constexpr int kGateRows = kBlockRows / 2;
+inline constexpr int kHalfRows = kBlockRows / 2;
 
 // Activation rows (hidden states, h) are padded with zeros to a multiple of this many values, so
 // that a loop may read whole vectors of them. Weights are never read past their row.
@@ -24,7 +27,7 @@ inline constexpr int kRowPad = 64;
 struct RowsArgs {
   const char* w;          // first weight row
   int64_t w_stride;       // bytes between rows
-  int num_rows;           // <= kBlockRows
+  int num_rows;           // <= kHalfRows
   int64_t k;              // values in a row
   const char* next;       // rows that this thread will want next (same stride), or null: prefetch
   const void* const* x;   // [num_tokens] activation rows
@@ -32,11 +35,35 @@ struct RowsArgs {
   float* c;               // [num_tokens][kBlockRows]; the caller may offset it by a row
 };
 
-// h[t][i] = act(c[t][i] + gate_bias[i], c[t][kGateRows + i] + up_bias[i]) for i < num_rows
+// Re-orders num_rows (<= kHalfRows) rows of k weights into one half of a panel; missing rows: zeros.
+struct PackArgs {
+  const char* w;
+  int64_t w_stride;
+  int num_rows;
+  int64_t k;
+  char* panel;  // of panel_bytes(k)
+  int half;     // 0 or 1
+};
+
+// c[t][r] (+)= sum_k panel[r][k] * x[t][k] for all kBlockRows rows
+struct PanelArgs {
+  const char* panel;
+  int64_t k;
+  const void* const* x;  // [num_tokens] activation rows
+  int64_t x_offset;      // bytes into each row where this panel's k begins
+  int num_tokens;
+  bool add;              // to c, or over it
+  float* c;
+  // Rows that this thread will pack next, to be prefetched meanwhile: two halves, or null.
+  const char* next[2];
+  int64_t next_stride;
+};
+
+// h[t][i] = act(c[t][i] + gate_bias[i], c[t][kHalfRows + i] + up_bias[i]) for i < num_rows
 struct ActivateArgs {
   const float* c;
   int num_tokens;
-  int num_rows;  // <= kGateRows
+  int num_rows;  // <= kHalfRows
   const float* gate_bias;  // null: none
   const float* up_bias;
   Activation activation;
@@ -67,6 +94,10 @@ struct Kernel {
 
   void (*load_row)(const void* from, DType dtype, int64_t n, void* to);  // pads with zeros
   void (*rows)(const RowsArgs&);
+  int pack_from_tokens;  // tokens of one expert from which packing pays; 0: there is no pack
+  int64_t (*panel_bytes)(int64_t k);
+  void (*pack)(const PackArgs&);
+  void (*panel)(const PanelArgs&);
   void (*activate)(const ActivateArgs&);
   void (*combine)(const CombineArgs&);
   void (*store_row)(const float* from, int64_t n, DType dtype, void* to);

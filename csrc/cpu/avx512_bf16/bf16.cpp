@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // bf16 weights x bf16 activations on AVX-512 BF16: vdpbf16ps adds two products to each fp32 lane.
 //
+// Few tokens of an expert: this file; many: panel.h.
 // Tile: 4 rows x 6 tokens = 24 accumulators + 4 weight vectors + 1 activation of 32 zmm. A step of
 // 32 values is 24 vdpbf16ps (12 cycles at two a cycle) against 10 loads (5 cycles).
 // h is rounded to bf16 once: the only rounding between the input and the last sum. vdpbf16ps itself
@@ -11,6 +12,7 @@
 #include "../dot_tile.h"
 #include "../features.h"
 #include "../probe.h"
+#include "panel.h"
 
 namespace ey::cpu {
 namespace {
@@ -65,6 +67,10 @@ constexpr Kernel bf16_avx512_bf16 = {.isa = "avx512_bf16",
                                      .activation_size = sizeof(uint16_t),
                                      .load_row = load_row,
                                      .rows = rows<Vec, Bf16>,
+                                     .pack_from_tokens = 16,
+                                     .panel_bytes = panel_bytes,
+                                     .pack = pack,
+                                     .panel = panel,
                                      .activate = activate<FloatsToBf16>,
                                      .combine = combine<Floats>,
                                      .store_row = store_row_fp32,
