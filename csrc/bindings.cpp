@@ -47,9 +47,10 @@ py::dict cpu_features() {
 
 py::dict thread_limits() {
   const auto limits = ey::cpu::thread_limits();
-  return py::dict(py::arg("affinity") = limits.affinity,
-                  py::arg("cgroup") = limits.cgroup ? py::object(py::int_(limits.cgroup)) : py::none(),
-                  py::arg("usable") = limits.usable());
+  return py::dict(
+      py::arg("affinity") = limits.affinity,
+      py::arg("cgroup") = limits.cgroup ? py::object(py::int_(limits.cgroup)) : py::none(),
+      py::arg("usable") = limits.usable());
 }
 
 template <class Enum>
@@ -64,7 +65,8 @@ Enum parse(const std::string& name, std::initializer_list<std::pair<const char*,
 
 ey::Format parse_format(const std::string& name) {
   return parse<ey::Format>(
-      name, {{"bf16", ey::Format::kBf16}, {"fp16", ey::Format::kFp16}, {"fp32", ey::Format::kFp32}});
+      name,
+      {{"bf16", ey::Format::kBf16}, {"fp16", ey::Format::kFp16}, {"fp32", ey::Format::kFp32}});
 }
 
 const ey::cpu::Kernel& kernel_called(const std::string& name) {
@@ -77,10 +79,9 @@ const ey::cpu::Kernel& kernel_called(const std::string& name) {
 }
 
 std::string kernel_name(const std::string& format, const std::string& hidden_dtype) {
-  const auto dtype =
-      parse<ey::DType>(hidden_dtype, {{"bfloat16", ey::DType::kBF16},
-                                      {"float16", ey::DType::kF16},
-                                      {"float32", ey::DType::kF32}});
+  const auto dtype = parse<ey::DType>(
+      hidden_dtype,
+      {{"bfloat16", ey::DType::kBF16}, {"float16", ey::DType::kF16}, {"float32", ey::DType::kF32}});
   const ey::cpu::Kernel* kernel = nullptr;
   throw_unless(ey::select_kernel(parse_format(format), dtype, &kernel));
   return format + "_" + kernel->isa;
@@ -102,19 +103,19 @@ int64_t add_experts(const std::string& format, const std::string& activation, fl
                                .up_bias = reinterpret_cast<const float*>(p[4]),
                                .down_bias = reinterpret_cast<const float*>(p[5])});
   }
-  entry->set = {.format = parse_format(format),
-                .activation = parse<ey::Activation>(
-                    activation, {{"silu", ey::Activation::kSiluGlu},
-                                 {"gelu_tanh", ey::Activation::kGeluTanhGlu},
-                                 {"swigluoai", ey::Activation::kSwigluOai}}),
-                .alpha = alpha,
-                .limit = limit,
-                .num_experts = static_cast<int64_t>(pointers.size()),
-                .hidden_size = hidden_size,
-                .intermediate_size = intermediate_size,
-                .gate_up_row_stride = gate_up_row_stride,
-                .down_row_stride = down_row_stride,
-                .experts = entry->pointers.data()};
+  entry->set = {
+      .format = parse_format(format),
+      .activation = parse<ey::Activation>(activation, {{"silu", ey::Activation::kSiluGlu},
+                                                       {"gelu_tanh", ey::Activation::kGeluTanhGlu},
+                                                       {"swigluoai", ey::Activation::kSwigluOai}}),
+      .alpha = alpha,
+      .limit = limit,
+      .num_experts = static_cast<int64_t>(pointers.size()),
+      .hidden_size = hidden_size,
+      .intermediate_size = intermediate_size,
+      .gate_up_row_stride = gate_up_row_stride,
+      .down_row_stride = down_row_stride,
+      .experts = entry->pointers.data()};
   return ey::add_expert_set(std::move(entry));
 }
 
@@ -137,8 +138,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features);
   m.def("thread_limits", &thread_limits);
   m.def("kernel_name", &kernel_name, py::arg("format"), py::arg("hidden_dtype"));
-  m.def("force_isa", [](const char* isa) { throw_unless(ey::force_isa(isa)); },
-        py::arg("isa").none(true));
+  m.def(
+      "force_isa", [](const char* isa) { throw_unless(ey::force_isa(isa)); },
+      py::arg("isa").none(true));
   m.def("forced_isa", &ey::forced_isa);
   m.def("add_experts", &add_experts, py::arg("format"), py::arg("activation"), py::arg("alpha"),
         py::arg("limit"), py::arg("hidden_size"), py::arg("intermediate_size"),
@@ -158,8 +160,7 @@ PYBIND11_MODULE(_C, m) {
         return ey::cpu::peak_gflops(kernel_called(kernel), threads);
       },
       py::arg("kernel"), py::arg("threads"));
-  m.attr("build") = py::dict(py::arg("compiler") = "g++ " __VERSION__,
-                             py::arg("torch_target") = EY_TORCH_TARGET,
-                             py::arg("cuda") = EY_CUDA_VERSION,
-                             py::arg("cuda_architectures") = EY_CUDA_ARCHITECTURES);
+  m.attr("build") = py::dict(
+      py::arg("compiler") = "g++ " __VERSION__, py::arg("torch_target") = EY_TORCH_TARGET,
+      py::arg("cuda") = EY_CUDA_VERSION, py::arg("cuda_architectures") = EY_CUDA_ARCHITECTURES);
 }

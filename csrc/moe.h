@@ -18,7 +18,8 @@ enum class Format : int32_t { kFp32, kBf16, kFp16 };  // of expert weights
 enum class Activation : int32_t {
   kSiluGlu,      // silu(gate) * up
   kGeluTanhGlu,  // gelu_tanh(gate) * up
-  kSwigluOai,    // g = min(gate, limit), u = clamp(up, -limit, limit): (u + 1) * g * sigmoid(alpha * g)
+  kSwigluOai,  // g = min(gate, limit), u = clamp(up, -limit, limit): (u + 1) * g * sigmoid(alpha *
+               // g)
 };
 
 // Where one expert lies. Rows are contiguous along their last dimension (hidden_size for gate and
@@ -42,8 +43,8 @@ struct ExpertSet {
   int64_t num_experts;
   int64_t hidden_size;
   int64_t intermediate_size;
-  int64_t gate_up_row_stride;    // bytes between two gate rows, and between two up rows
-  int64_t down_row_stride;       // bytes between two down rows
+  int64_t gate_up_row_stride;     // bytes between two gate rows, and between two up rows
+  int64_t down_row_stride;        // bytes between two down rows
   const ExpertPointers* experts;  // [num_experts], in the memory of the device that computes
 };
 
@@ -54,9 +55,9 @@ struct MoeArgs {
   const void* hidden_states;  // [num_tokens, hidden_size] of hidden_dtype
   void* out;                  // [num_tokens, hidden_size] of hidden_dtype; wholly written
   DType hidden_dtype;
-  const void* topk_ids;       // [num_tokens, top_k] int32 or int64; -1 and num_experts mean "none"
+  const void* topk_ids;  // [num_tokens, top_k] int32 or int64; -1 and num_experts mean "none"
   bool ids_are_int64;
-  const void* topk_weights;   // [num_tokens, top_k] of weights_dtype
+  const void* topk_weights;  // [num_tokens, top_k] of weights_dtype
   DType weights_dtype;
   const ExpertSet* set;
 };

@@ -2,7 +2,8 @@
 // The torch operator, through LibTorch's stable ABI (one binary for torch 2.11 and later). The only
 // file that sees torch: it checks every tensor, fills a MoeArgs and calls.
 //
-//   expertyard::moe_experts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, int experts)
+//   expertyard::moe_experts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, int
+//   experts)
 //
 // Shapes, dtypes and errors: python/expertyard/ops.py, which also registers the fake kernel and
 // the backward that refuses.

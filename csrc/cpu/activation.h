@@ -3,8 +3,8 @@
 //
 // Each activation is (up + shift) * g * sigmoid(z):
 //   silu       z = g                                    shift 0
-//   gelu_tanh  z = sqrt(8 / pi) * (g + 0.044715 g^3)    shift 0    (0.5 (1 + tanh y) = sigmoid(2 y))
-//   swigluoai  z = alpha * g, g = min(gate, limit), up clamped to +-limit, shift 1
+//   gelu_tanh  z = sqrt(8 / pi) * (g + 0.044715 g^3)    shift 0    (0.5 (1 + tanh y) = sigmoid(2
+//   y)) swigluoai  z = alpha * g, g = min(gate, limit), up clamped to +-limit, shift 1
 #pragma once
 
 #include <type_traits>
@@ -20,7 +20,7 @@ template <class F>
 inline typename F::V exp(typename F::V x) {
   x = F::min(F::set(88.0f), F::max(F::set(-87.0f), x));
   const auto n = F::round(F::mul(x, F::set(1.44269504088896341f)));
-  auto r = F::fma(n, F::set(-0.693359375f), x);       // ln 2 in two parts, the first exact in n * .
+  auto r = F::fma(n, F::set(-0.693359375f), x);  // ln 2 in two parts, the first exact in n * .
   r = F::fma(n, F::set(2.12194440054690583e-4f), r);
   auto p = F::set(1.0f / 5040);
   for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {

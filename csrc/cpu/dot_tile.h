@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loop of every CPU kernel: a tile of R weight rows x M tokens of dot products along k, straight
-// from the weights' own rows. A room says how to multiply (V), a format how to load weights (W):
+// The loop of every CPU kernel: a tile of R weight rows x M tokens of dot products along k,
+// straight from the weights' own rows. A room says how to multiply (V), a format how to load
+// weights (W):
 //
 //   V::X, V::kWidth             type of an activation value; values a vector step takes
 //   V::kMaxTokens, V::rows(M)   largest tile, and R for M tokens: R * M accumulators must fit
@@ -20,6 +21,9 @@ namespace {
 
 // With more tokens than one tile, rows are cut here so that a tile's activations stay in L1.
 inline constexpr int64_t kChunk = 2048;
+
+// How far ahead memory is asked for when it is read once: some tens of cache lines in flight.
+inline constexpr int64_t kAhead = 4096;
 
 template <class V, class W, int R, int M, bool kPrefetch>
 [[gnu::noinline]] void tile(const char* w, int64_t w_stride, const char* next,
@@ -97,6 +101,7 @@ void rows(const RowsArgs& a) {
   using AllTiles = Tiles<V, W, std::make_integer_sequence<int, V::kMaxTokens>>;
   const int tiles = (a.num_tokens + V::kMaxTokens - 1) / V::kMaxTokens;
   const int64_t chunk = tiles == 1 ? a.k : kChunk;
+  const auto ahead = static_cast<int>(kAhead / (a.k * W::kSize)) + 1;  // rows
   for (int64_t begin = 0; begin < a.k; begin += chunk) {
     const int64_t end = begin + chunk < a.k ? begin + chunk : a.k;
     for (int t = 0; t < tiles; ++t) {
@@ -107,16 +112,17 @@ void rows(const RowsArgs& a) {
         const bool full = r + group <= a.num_rows;
         const int step = full ? group : 1;
         const char* w = a.w + r * a.w_stride;
-        // One tile: memory is the limit, so fetch the rows right behind these. Several: the block
+        // One tile: memory is the limit, so fetch what comes kAhead bytes later. Several: the block
         // is in cache after the first tile, so the last one fetches the next block.
         const char* next = nullptr;
-        if (tiles == 1 && r + step < a.num_rows) {
-          next = w + step * a.w_stride;
+        const int later = tiles == 1 ? r + (ahead + step - 1) / step * step : a.num_rows + r;
+        if (later < a.num_rows) {
+          next = a.w + later * a.w_stride;
         } else if (a.next != nullptr && t == tiles - 1) {
-          next = tiles == 1 ? a.next : a.next + r * a.w_stride;
+          next = a.next + (later - a.num_rows) * a.w_stride;
         }
-        AllTiles::table[!full][next != nullptr][count - 1](
-            w, a.w_stride, next, a.x + first, begin, end, a.c + first * kBlockRows + r);
+        AllTiles::table[!full][next != nullptr][count - 1](w, a.w_stride, next, a.x + first, begin,
+                                                           end, a.c + first * kBlockRows + r);
         r += step;
       }
     }

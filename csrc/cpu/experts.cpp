@@ -3,10 +3,11 @@
 //
 //   count    sort the (token, k) slots by expert                                   caller
 //   load     hidden states -> padded rows of the kernel's activation type          by token
-//   -------- barrier
+//   -------- barrier (few tokens: the caller loads alone, and there is none)
 //   w13      h[slot] = act(gate x + b, up x + b)        by (expert, 16 values of h)
 //   -------- barrier
-//   w2       out[:, 32 columns] = sum over experts, in fp32, rounded once          by 32 columns
+//   w2       out[:, columns] = sum over experts, in fp32, rounded once       by strips of 32
+//   columns
 //
 // In w2 each output element has one owner and a fixed order of experts: no atomics on data, no
 // [num_tokens * top_k, hidden_size] temporary, the same bits for any number of threads.
@@ -25,8 +26,11 @@
 namespace ey::cpu {
 namespace {
 
-constexpr int64_t kTileTokens = 192;         // tokens of one tile c: 24 KB of L1 or L2
-constexpr int64_t kPanelK = 2048;            // weights of a row in one panel: 128 KB of L2 in bf16
+constexpr int64_t kTileTokens = 192;        // tokens of one tile c: 24 KB of L1 or L2
+constexpr int64_t kPanelK = 2048;           // weights of a row in one panel: 128 KB of L2 in bf16
+constexpr int64_t kStripBytes = 512 << 10;  // fp32 sums of one w2 task: half of an L2
+constexpr int64_t kMaxStripGroup = 8;       // strips of one w2 task
+constexpr int64_t kAloneBytes = 64 << 10;   // hidden states that the caller loads while others wake
 constexpr int64_t kPassBytes = 128ll << 20;  // bound on h; more tokens are done in passes
 constexpr int64_t kMinPassTokens = 64;
 
@@ -106,18 +110,20 @@ struct Pass {
 
   // Slots are sorted by expert: those of active expert a are first[a] .. first[a + 1].
   int num_active;
-  int32_t* active;     // [num_active] expert ids
-  int64_t* first;      // [num_active + 1]
-  int32_t* token;      // [slots] token within the pass
-  float* weight;       // [slots]
-  const void** x_of;   // [slots] the token's activation row
-  const void** h_of;   // [slots] the slot's row of h
-  char* x;             // [num_tokens] rows
-  char* h;             // [slots] rows
+  int32_t* active;    // [num_active] expert ids
+  int64_t* first;     // [num_active + 1]
+  int32_t* token;     // [slots] token within the pass
+  float* weight;      // [slots]
+  const void** x_of;  // [slots] the token's activation row
+  const void** h_of;  // [slots] the slot's row of h
+  char* x;            // [num_tokens] rows
+  char* h;            // [slots] rows
   int64_t x_stride, h_stride;
-  char* scratch;       // per thread: tile c, panel, strip
+  char* scratch;  // per thread: tile c, panel, strips
   size_t scratch_bytes;
   size_t panel_bytes;
+  int64_t strip_group;  // strips of one w2 task
+  bool loaded;          // the caller has filled x already
 
   alignas(64) std::atomic<int64_t> next_w13{0};
   alignas(64) std::atomic<int64_t> next_w2{0};
@@ -129,7 +135,7 @@ struct Pass {
   char* panel(int thread) const {
     return reinterpret_cast<char*>(tile(thread) + kTileTokens * kBlockRows);
   }
-  float* strip(int thread) const { return reinterpret_cast<float*>(panel(thread) + panel_bytes); }
+  float* strips(int thread) const { return reinterpret_cast<float*>(panel(thread) + panel_bytes); }
 };
 
 // One block of weight rows and what this thread reads after it.
@@ -307,61 +313,86 @@ void w13(Pass& p, int thread, int threads) {
   }
 }
 
-void w2_strip(Pass& p, int64_t index, int thread) {
+// Down rows strip .. strip + 1 of active expert a, and what is read after them: the group's next
+// strip, the next expert's first strip of the group, or the next group's first.
+Block w2_block(const Pass& p, int a, int64_t strip, int64_t begin, int64_t end) {
   const ExpertSet& set = p.set;
-  float* strip = p.strip(thread);
-  const int64_t row = index * kBlockRows;
-  const int num_rows = static_cast<int>(std::min<int64_t>(kBlockRows, set.hidden_size - row));
-  const auto rows_of = [&](int a, int64_t r) {
-    return static_cast<const char*>(set.experts[p.active[a]].down) + r * set.down_row_stride;
+  const auto rows_of = [&](int active, int64_t row) {
+    return static_cast<const char*>(set.experts[p.active[active]].down) + row * set.down_row_stride;
   };
-  std::memset(strip, 0, p.num_tokens * kBlockRows * sizeof(float));
+  const int64_t row = strip * kBlockRows;
+  const int num_rows = static_cast<int>(std::min<int64_t>(kBlockRows, set.hidden_size - row));
+  Block block = {.w = {rows_of(a, row), rows_of(a, row + kHalfRows)},
+                 .num_rows = {std::min(num_rows, kHalfRows), std::max(0, num_rows - kHalfRows)},
+                 .next = {nullptr, nullptr},
+                 .stride = set.down_row_stride,
+                 .k = set.intermediate_size};
+  int next_a = a;
+  int64_t next_strip = strip + 1;
+  if (next_strip == end && a + 1 < p.num_active) {
+    next_a = a + 1;
+    next_strip = begin;
+  } else if (next_strip == end) {
+    next_a = 0;
+  }
+  if (next_strip * kBlockRows < set.hidden_size) {
+    block.next[0] = rows_of(next_a, next_strip * kBlockRows);
+    block.next[1] = rows_of(next_a, next_strip * kBlockRows + kHalfRows);
+  }
+  return block;
+}
+
+// Columns of out in strips begin .. end - 1: every expert's share is summed in fp32, expert by
+// expert, so that its rows of h stay in cache and its rows of down are read in long runs.
+void w2_group(Pass& p, int64_t begin, int64_t end, int thread) {
+  const ExpertSet& set = p.set;
+  const auto columns = [&](int64_t strip) {
+    return static_cast<int>(std::min<int64_t>(kBlockRows, set.hidden_size - strip * kBlockRows));
+  };
+  const auto sums = [&](int64_t strip) {
+    return p.strips(thread) + (strip - begin) * p.num_tokens * kBlockRows;
+  };
+  std::memset(sums(begin), 0, (end - begin) * p.num_tokens * kBlockRows * sizeof(float));
   for (int a = 0; a < p.num_active; ++a) {
-    const ExpertPointers& e = set.experts[p.active[a]];
-    Block block = {.w = {rows_of(a, row), rows_of(a, row + kHalfRows)},
-                   .num_rows = {std::min(num_rows, kHalfRows), std::max(0, num_rows - kHalfRows)},
-                   .next = {nullptr, nullptr},
-                   .stride = set.down_row_stride,
-                   .k = set.intermediate_size};
-    // Next: the same columns of the next expert, then the next columns.
-    const bool more = a + 1 < p.num_active;
-    if (more || row + kBlockRows < set.hidden_size) {
-      const int next = more ? a + 1 : 0;
-      const int64_t next_row = more ? row : row + kBlockRows;
-      block.next[0] = rows_of(next, next_row);
-      block.next[1] = rows_of(next, next_row + kHalfRows);
+    const float* bias = set.experts[p.active[a]].down_bias;
+    for (int64_t strip = begin; strip < end; ++strip) {
+      const Block block = w2_block(p, a, strip, begin, end);
+      multiply(p, a, block, p.h_of, thread, [&](int64_t s, int tokens) {
+        p.kernel.combine({.c = p.tile(thread),
+                          .num_tokens = tokens,
+                          .num_rows = columns(strip),
+                          .bias = bias ? bias + strip * kBlockRows : nullptr,
+                          .token = p.token + s,
+                          .weight = p.weight + s,
+                          .strip = sums(strip)});
+      });
     }
-    multiply(p, a, block, p.h_of, thread, [&](int64_t s, int tokens) {
-      p.kernel.combine({.c = p.tile(thread),
-                        .num_tokens = tokens,
-                        .num_rows = num_rows,
-                        .bias = e.down_bias ? e.down_bias + row : nullptr,
-                        .token = p.token + s,
-                        .weight = p.weight + s,
-                        .strip = strip});
-    });
   }
   const int64_t size = size_of(p.args.hidden_dtype);
-  auto* out = static_cast<char*>(p.args.out) + (p.begin * set.hidden_size + row) * size;
   for (int64_t t = 0; t < p.num_tokens; ++t) {
-    p.kernel.store_row(strip + t * kBlockRows, num_rows, p.args.hidden_dtype,
-                       out + t * set.hidden_size * size);
+    auto* out = static_cast<char*>(p.args.out) + (p.begin + t) * set.hidden_size * size;
+    for (int64_t strip = begin; strip < end; ++strip) {
+      p.kernel.store_row(sums(strip) + t * kBlockRows, columns(strip), p.args.hidden_dtype,
+                         out + strip * kBlockRows * size);
+    }
   }
 }
 
 void w2(Pass& p, int thread) {
   const int64_t strips = ceil_div(p.set.hidden_size, kBlockRows);
   for (;;) {
-    const int64_t strip = p.next_w2.fetch_add(1, std::memory_order_relaxed);
-    if (strip >= strips) return;
-    w2_strip(p, strip, thread);
+    const int64_t begin = p.next_w2.fetch_add(p.strip_group, std::memory_order_relaxed);
+    if (begin >= strips) return;
+    w2_group(p, begin, std::min(begin + p.strip_group, strips), thread);
   }
 }
 
 void run_pass(void* context, Team& team, int thread) {
   auto& pass = *static_cast<Pass*>(context);
-  load(pass, thread, team.size());
-  team.barrier();
+  if (!pass.loaded) {
+    load(pass, thread, team.size());
+    team.barrier();
+  }
   w13(pass, thread, team.size());
   team.barrier();
   w2(pass, thread);
@@ -381,8 +412,13 @@ Status moe_experts(const Kernel& kernel, const MoeArgs& args, int num_threads) {
   const int64_t slots = per_pass * args.top_k;
   const int64_t longest = std::min(kPanelK, std::max(set.hidden_size, set.intermediate_size));
   const size_t panel_bytes = kernel.pack_from_tokens > 0 ? kernel.panel_bytes(longest) : 0;
-  const size_t scratch_bytes = Arena::bytes_of<float>((kTileTokens + per_pass) * kBlockRows) +
-                               Arena::bytes_of<char>(panel_bytes) + 128;
+  const int64_t strips = ceil_div(set.hidden_size, kBlockRows);
+  const int64_t strip_group = std::max<int64_t>(
+      1, std::min({kMaxStripGroup, strips / (num_threads * 4),
+                   kStripBytes / (per_pass * kBlockRows * int64_t{sizeof(float)} + 1)}));
+  const size_t scratch_bytes =
+      Arena::bytes_of<float>((kTileTokens + per_pass * strip_group) * kBlockRows) +
+      Arena::bytes_of<char>(panel_bytes) + 128;
 
   thread_local Arena arena;
   const bool reserved = arena.reserve(
@@ -408,11 +444,12 @@ Status moe_experts(const Kernel& kernel, const MoeArgs& args, int num_threads) {
   auto* scratch = arena.take<char>(num_threads * scratch_bytes);
 
   for (int64_t begin = 0; begin < args.num_tokens; begin += per_pass) {
+    const int64_t pass_tokens = std::min(per_pass, args.num_tokens - begin);
     Pass pass = {.kernel = kernel,
                  .args = args,
                  .set = set,
                  .begin = begin,
-                 .num_tokens = std::min(per_pass, args.num_tokens - begin),
+                 .num_tokens = pass_tokens,
                  .num_active = 0,
                  .active = active,
                  .first = first,
@@ -426,8 +463,11 @@ Status moe_experts(const Kernel& kernel, const MoeArgs& args, int num_threads) {
                  .h_stride = h_stride,
                  .scratch = scratch,
                  .scratch_bytes = scratch_bytes,
-                 .panel_bytes = Arena::bytes_of<char>(panel_bytes)};
+                 .panel_bytes = Arena::bytes_of<char>(panel_bytes),
+                 .strip_group = strip_group,
+                 .loaded = pass_tokens * x_stride <= kAloneBytes};
     count(pass, cursor);
+    if (pass.loaded) load(pass, 0, 1);
     run_team(num_threads, run_pass, &pass);
   }
   return {};

@@ -25,17 +25,18 @@ inline constexpr int kRowPad = 64;
 
 // c[t][r] = sum_k w[r][k] * x[t][k] for r < num_rows
 struct RowsArgs {
-  const char* w;          // first weight row
-  int64_t w_stride;       // bytes between rows
-  int num_rows;           // <= kHalfRows
-  int64_t k;              // values in a row
-  const char* next;       // rows that this thread will want next (same stride), or null: prefetch
-  const void* const* x;   // [num_tokens] activation rows
+  const char* w;         // first weight row
+  int64_t w_stride;      // bytes between rows
+  int num_rows;          // <= kHalfRows
+  int64_t k;             // values in a row
+  const char* next;      // rows that this thread will want next (same stride), or null: prefetch
+  const void* const* x;  // [num_tokens] activation rows
   int num_tokens;
-  float* c;               // [num_tokens][kBlockRows]; the caller may offset it by a row
+  float* c;  // [num_tokens][kBlockRows]; the caller may offset it by a row
 };
 
-// Re-orders num_rows (<= kHalfRows) rows of k weights into one half of a panel; missing rows: zeros.
+// Re-orders num_rows (<= kHalfRows) rows of k weights into one half of a panel; missing rows:
+// zeros.
 struct PackArgs {
   const char* w;
   int64_t w_stride;
@@ -52,7 +53,7 @@ struct PanelArgs {
   const void* const* x;  // [num_tokens] activation rows
   int64_t x_offset;      // bytes into each row where this panel's k begins
   int num_tokens;
-  bool add;              // to c, or over it
+  bool add;  // to c, or over it
   float* c;
   // Rows that this thread will pack next, to be prefetched meanwhile: two halves, or null.
   const char* next[2];
@@ -63,7 +64,7 @@ struct PanelArgs {
 struct ActivateArgs {
   const float* c;
   int num_tokens;
-  int num_rows;  // <= kHalfRows
+  int num_rows;            // <= kHalfRows
   const float* gate_bias;  // null: none
   const float* up_bias;
   Activation activation;
@@ -85,11 +86,11 @@ struct CombineArgs {
 };
 
 struct Kernel {
-  const char* isa;   // the room's name, and what EXPERTYARD_ISA forces
+  const char* isa;  // the room's name, and what EXPERTYARD_ISA forces
   Format format;
-  uint32_t needs;    // bits of Feature
-  int rank;          // among the kernels that can run, the highest serves
-  bool bf16_inputs;  // multiplies bf16 activations, so it serves bf16 models only
+  uint32_t needs;       // bits of Feature
+  int rank;             // among the kernels that can run, the highest serves
+  bool bf16_inputs;     // multiplies bf16 activations, so it serves bf16 models only
   int activation_size;  // bytes of one value of an activation row
 
   void (*load_row)(const void* from, DType dtype, int64_t n, void* to);  // pads with zeros
@@ -110,9 +111,9 @@ struct Kernel {
 
 // Kernels are found through a linker section: no constructor runs, so no instruction of a room's
 // instruction set is executed before the CPU has been asked.
-#define EY_REGISTER_KERNEL(kernel)                                      \
-  extern const ::ey::cpu::Kernel* const ey_registered_##kernel;         \
-  __attribute__((section("ey_kernels"), used, visibility("hidden")))    \
+#define EY_REGISTER_KERNEL(kernel)                                   \
+  extern const ::ey::cpu::Kernel* const ey_registered_##kernel;      \
+  __attribute__((section("ey_kernels"), used, visibility("hidden"))) \
   const ::ey::cpu::Kernel* const ey_registered_##kernel = &kernel
 
 }  // namespace ey::cpu

@@ -41,7 +41,8 @@ double read_gbps(const Kernel& kernel, const char* memory, int64_t bytes, int nu
 }
 
 double peak_gflops(const Kernel& kernel, int num_threads) {
-  Peak peak{kernel, 1 << 20, 0};  // some milliseconds: long against a team's start, short for a user
+  Peak peak{kernel, 1 << 20,
+            0};  // some milliseconds: long against a team's start, short for a user
   const auto work = [](void* context, Team&, int thread) {
     auto& p = *static_cast<Peak*>(context);
     const int64_t flops = p.kernel.peak(p.steps);

@@ -27,7 +27,9 @@ struct Vec {
   static Acc zero() { return _mm256_setzero_ps(); }
   static __m256 load_x(const X* p) { return _mm256_loadu_ps(p); }
   static void fma(Acc& acc, W w, __m256 x) { acc = _mm256_fmadd_ps(w, x, acc); }
-  static void mix(Acc& acc, const char* p) { acc = _mm256_xor_ps(acc, _mm256_loadu_ps(reinterpret_cast<const float*>(p))); }
+  static void mix(Acc& acc, const char* p) {
+    acc = _mm256_xor_ps(acc, _mm256_loadu_ps(reinterpret_cast<const float*>(p)));
+  }
   static float sum(Acc a) {
     const __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// fp32 vectors of AVX-512: what activation.h needs, and the sum over the lanes of four accumulators.
-// Shared by the rooms avx512 and avx512_bf16; each compiles its own copy.
+// fp32 vectors of AVX-512: what activation.h needs, and the sum over the lanes of four
+// accumulators. Shared by the rooms avx512 and avx512_bf16; each compiles its own copy.
 #pragma once
 
 #include <immintrin.h>

@@ -26,7 +26,9 @@ struct Vec {
   static Acc zero() { return _mm512_setzero_ps(); }
   static __m512 load_x(const X* p) { return _mm512_loadu_ps(p); }
   static void fma(Acc& acc, W w, __m512 x) { acc = _mm512_fmadd_ps(w, x, acc); }
-  static void mix(Acc& acc, const char* p) { acc = _mm512_xor_ps(acc, _mm512_loadu_ps(reinterpret_cast<const float*>(p))); }
+  static void mix(Acc& acc, const char* p) {
+    acc = _mm512_xor_ps(acc, _mm512_loadu_ps(reinterpret_cast<const float*>(p)));
+  }
   static float sum(Acc a) { return _mm512_reduce_add_ps(a); }
   static void sum4(Acc a, Acc b, Acc c, Acc d, float* out) {
     _mm_storeu_ps(out, sum_of_four(a, b, c, d));

@@ -23,7 +23,7 @@ struct Vec {
   using Acc = __m512;
   static constexpr int kWidth = 32;
   static constexpr int kMaxTokens = 6;
-  static constexpr int rows(int) { return 4; }
+  static constexpr int rows(int n) { return n == 1 ? 1 : 4; }
 
   static Acc zero() { return _mm512_setzero_ps(); }
   static W load_x(const X* p) { return reinterpret_cast<W>(_mm512_loadu_si512(p)); }

@@ -75,8 +75,8 @@ inline void pack(const PackArgs& a) {
 // that are packed next: a stretch is as many steps as a row of the same k has lines.
 template <int M>
 [[gnu::noinline]] void panel_tile(const char* panel, int64_t k, const void* const* x_rows,
-                                  int64_t x_offset, const char* next, int64_t next_stride,
-                                  bool add, float* c) {
+                                  int64_t x_offset, const char* next, int64_t next_stride, bool add,
+                                  float* c) {
   __m512 acc[M][2];
   const char* x[M];
 #pragma GCC unroll 12

@@ -7,10 +7,10 @@ namespace {
 
 struct Bf16 {
   static constexpr int kSize = 2;
-  static float load(const char* p) {
-    return from_bf16(load_16(p));
-  }
-  static float load_tail(const char* p, int) { return load(p); }  // a tail of a vector of one: never
+  static float load(const char* p) { return from_bf16(load_16(p)); }
+  static float load_tail(const char* p, int) {
+    return load(p);
+  }  // a tail of a vector of one: never
 };
 
 constexpr Kernel bf16_scalar = kernel<Bf16>(Format::kBf16);

@@ -12,7 +12,9 @@ struct Fp32 {
     __builtin_memcpy(&v, p, sizeof v);
     return v;
   }
-  static float load_tail(const char* p, int) { return load(p); }  // a tail of a vector of one: never
+  static float load_tail(const char* p, int) {
+    return load(p);
+  }  // a tail of a vector of one: never
 };
 
 constexpr Kernel fp32_scalar = kernel<Fp32>(Format::kFp32);
