@@ -3,6 +3,4 @@
 
 from expertyard.formats.base import Format
 
-FORMAT = Format(
-    "int8", "int8, a float32 scale a row", lambda rows, cols: rows * cols + 4 * rows
-)
+FORMAT = Format("int8", "int8, a float32 scale a row", lambda rows, cols: rows * cols + 4 * rows)

@@ -101,7 +101,9 @@ class Reader:
         if value is None:
             return None
         if not isinstance(value, list) or not all(type(item) is int for item in value):
-            raise SpecError(f"{self.where}: {key}: expected a list of layer numbers, got {value!r}.")
+            raise SpecError(
+                f"{self.where}: {key}: expected a list of layer numbers, got {value!r}."
+            )
         return value
 
     def words(self, key: str, length: int) -> list[str] | None:
@@ -131,7 +133,9 @@ def read_arch(config: Mapping[str, Any], where: str) -> Arch:
 
     num_layers = read.number("num_hidden_layers", "n_layer", "num_layers")
     if num_layers > MAX_LAYERS:
-        raise SpecError(f"{where}: num_hidden_layers: expected at most {MAX_LAYERS}, got {num_layers}.")
+        raise SpecError(
+            f"{where}: num_hidden_layers: expected at most {MAX_LAYERS}, got {num_layers}."
+        )
     hidden_size = read.number("hidden_size", "n_embd", "d_model")
     num_heads = read.number("num_attention_heads", "n_head")
     kv_lora_rank = read.number("kv_lora_rank", default=0, least=0)
@@ -249,7 +253,8 @@ def _shared_size(read: Reader, family: Family, experts: ExpertShape) -> int:
 
 
 def _windows(read: Reader, num_layers: int) -> tuple[int | None, ...]:
-    """Tokens that each layer's cache keeps at most; only layers marked in layer_types are limited."""
+    """Tokens that each layer's cache keeps at most; only layers marked in layer_types are "
+    "limited."""
     types = read.config.get("layer_types")
     limits = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
     if not isinstance(types, list) or len(types) < num_layers:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A ModelSpec from a config.json. The shapes come from the module tree, so that names and bytes agree."""
+"""A ModelSpec from a config.json. The shapes come from the module tree, so that names and bytes "
+"agree."""
 
 from __future__ import annotations
 
@@ -17,9 +18,7 @@ from expertyard.spec.tree import build_tree
 MAX_CONFIG_BYTES = 64 << 20
 
 
-def spec_from_config(
-    config: Mapping[str, Any] | str | Path, name: str | None = None
-) -> ModelSpec:
+def spec_from_config(config: Mapping[str, Any] | str | Path, name: str | None = None) -> ModelSpec:
     """ModelSpec of a config dict, a config.json, or the folder that has one."""
     if isinstance(config, Mapping):
         where = name or "config"

@@ -41,7 +41,9 @@ class Family:
     sinks: bool = False
     expert_bias: bool = False
     activation: str = ""  # overrides hidden_act
-    old_classes: dict[str, tuple[str, ...]] = field(default_factory=dict, compare=False)  # part -> other names
+    old_classes: dict[str, tuple[str, ...]] = field(
+        default_factory=dict, compare=False
+    )  # part -> other names
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -120,7 +122,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )
 
-# For a model_type that is not above but whose config has experts: the layout that most families have.
+# For a model_type that is not above but whose config has experts: the layout that most families
+# have.
 GENERIC = Family(("",), "", attention="gqa", shared="shared_experts")
 
 

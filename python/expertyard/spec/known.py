@@ -18,7 +18,7 @@ from expertyard.spec.model import ModelSpec
 
 # words after a model's name that do not change its shape
 _EDITIONS = (
-    "instruct|chat|base|it|thinking|hf|fp8|bf16|int4|int8|awq|gptq|gguf|mxfp4|16e|128e|"
+    "instruct|chat|base|it|thinking|hf|fp8|bf16|int4|int8|awq|gptq|gguf|mxfp4|"
     r"v0\.1|v0\.3|\d{4}|\d{6}|lite-chat|zero|text"
 )
 
@@ -51,9 +51,9 @@ def known_models() -> tuple[str, ...]:
 
 def spec_from_family(name: str) -> ModelSpec:
     """The spec of a published model. Raises SpecError with the nearest known names."""
-    found = _names().get(_key(name)) or _names().get(_key(_bare(name)))
+    found = next((_names()[_key(n)] for n in _shorter(name) if _key(n) in _names()), None)
     if found is None:
-        near = difflib.get_close_matches(_key(_bare(name)), list(_names()), 3, 0.5)
+        near = difflib.get_close_matches(_key(_shorter(name)[-1]), list(_names()), 3, 0.5)
         nearest = list(dict.fromkeys(_names()[key] for key in near)) or known_models()
         raise SpecError(
             f"{name!r} is no folder, no file and no known model. "
@@ -62,11 +62,11 @@ def spec_from_family(name: str) -> ModelSpec:
     return ModelSpec.from_config(_load()[found]["config"], found)
 
 
-def _bare(name: str) -> str:
-    """'deepseek-ai/DeepSeek-R1-0528' -> 'DeepSeek-R1'."""
-    name = name.rstrip("/").rsplit("/", 1)[-1]
+def _shorter(name: str) -> list[str]:
+    """'deepseek-ai/DeepSeek-R1-0528' -> ['DeepSeek-R1-0528', 'DeepSeek-R1']."""
+    names = [name.rstrip("/").rsplit("/", 1)[-1]]
     while True:
-        shorter = re.sub(rf"[-_]({_EDITIONS})$", "", name, flags=re.IGNORECASE)
-        if shorter == name:
-            return name
-        name = shorter
+        shorter = re.sub(rf"[-_]({_EDITIONS})$", "", names[-1], flags=re.IGNORECASE)
+        if shorter == names[-1]:
+            return names
+        names.append(shorter)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the planner knows of a model: layers, expert shapes, bytes. Plain frozen data; reads nothing.
+"""What the planner knows of a model: layers, expert shapes, bytes. Plain frozen data; reads
+nothing.
 
 P, the weights of one expert, is 3 * hidden_size * intermediate_size: gate, up and down.
 """

@@ -83,7 +83,9 @@ class _Names:
     def linear(
         self, name: str, part: str, out_size: int, in_size: int, bias: bool = False
     ) -> Module:
-        shapes: tuple[Shape, ...] = ((out_size, in_size), (out_size,)) if bias else ((out_size, in_size),)
+        shapes: tuple[Shape, ...] = (
+            ((out_size, in_size), (out_size,)) if bias else ((out_size, in_size),)
+        )
         return self.module(name, ("Linear",), part, shapes)
 
 
@@ -181,7 +183,9 @@ def _moe_block(arch: Arch, layer: int, names: _Names) -> Iterator[Module]:
     if not old(arch, "router"):
         router_classes += ("Linear",)  # as it was before transformers 5
     yield block.module(family.router, router_classes, "router", router)
-    yield block.module("experts", (class_name(family, family.experts_class), "ModuleList"), "experts")
+    yield block.module(
+        "experts", (class_name(family, family.experts_class), "ModuleList"), "experts"
+    )
     if arch.shared_size:
         shared = family.shared or "shared_experts"
         yield block.module(shared, (class_name(family, family.mlp_class),), "shared")
@@ -197,7 +201,8 @@ def _moe_block(arch: Arch, layer: int, names: _Names) -> Iterator[Module]:
 
 
 def _vision(arch: Arch) -> Module:
-    """The vision tower as one module; its bytes are an estimate: attention 4h^2 and MLP 2hi a layer."""
+    """The vision tower as one module; its bytes are an estimate: attention 4h^2 and MLP 2hi a "
+    "layer."""
     assert arch.vision is not None
     hidden, size = arch.vision.hidden_size, arch.vision.intermediate_size
     layer: tuple[Shape, ...] = ((4 * hidden, hidden), (size, hidden), (hidden, size))
