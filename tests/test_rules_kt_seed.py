@@ -11,7 +11,7 @@ from expertyard.plan import Plan
 V2 = ModelSpec.from_family("DeepSeek-V2")  # the page: DeepSeekV2-Chat, 60 layers
 V3 = ModelSpec.from_family("DeepSeek-V3")
 
-EXPERTS = '''
+EXPERTS = """
 - match:
     name: "^model\\\\.layers\\\\.{layers}\\\\.mlp\\\\.experts$"
   replace:
@@ -20,7 +20,7 @@ EXPERTS = '''
       generate_device: "{device}"
       generate_op:  "{op}"
 {out}  recursive: False # don't recursively inject submodules of this module
-'''
+"""
 LOW, HIGH = "(0|[1-9]|[12][0-9])", "([345][0-9])"
 
 
@@ -29,18 +29,22 @@ def experts(layers: str, device: str, op: str, out: str = "") -> str:
     return EXPERTS.format(layers=layers, device=device, op=op, out=out)
 
 
-TRANSFER = '''
+TRANSFER = """
 - match:
     name: "^model$"
   replace:
     class: "ktransformers.operators.models.KDeepseekV2Model"
     kwargs:
-      transfer_map: 
+      transfer_map:
         30: "cuda:1"
-'''
+"""
 ONE_GPU = experts(".*", "cuda:0", "MLPCUDAExperts", "cuda:0")
-TWO_GPUS = experts(LOW, "cpu", "KExpertsCPU", "cuda:0") + experts(HIGH, "cpu", "KExpertsCPU", "cuda:1")
-MORE_VRAM = experts("([4-8])", "cuda:0", "KExpertsMarlin") + experts(LOW, "cpu", "KExpertsCPU", "cuda:0")
+TWO_GPUS = experts(LOW, "cpu", "KExpertsCPU", "cuda:0") + experts(
+    HIGH, "cpu", "KExpertsCPU", "cuda:1"
+)
+MORE_VRAM = experts("([4-8])", "cuda:0", "KExpertsMarlin") + experts(
+    LOW, "cpu", "KExpertsCPU", "cuda:0"
+)
 
 
 def plan(text: str, tmp_path: Path, spec: ModelSpec = V2) -> Plan:
@@ -86,11 +90,13 @@ def test_the_first_matching_rule_wins(tmp_path: Path) -> None:
 
 
 def test_the_new_rule_after_the_old_one_never_applies(tmp_path: Path) -> None:
-    text = experts(LOW, "cpu", "KExpertsCPU", "cuda:0") + experts("([4-8])", "cuda:0", "KExpertsMarlin")
+    text = experts(LOW, "cpu", "KExpertsCPU", "cuda:0") + experts(
+        "([4-8])", "cuda:0", "KExpertsMarlin"
+    )
     made = plan(text, tmp_path)
     assert where(made, 4, 8) == {("cuda:0", "cpu", "cpu", "cuda:0")}
     (found,) = [f for f in made.findings if f.code == "shadowed-rule"]
-    assert found.line == 11
+    assert found.line == 12
     assert "rule 1 (rules.yaml:2)" in found.message
     assert "layers 1-29" in found.message
 
@@ -98,7 +104,7 @@ def test_the_new_rule_after_the_old_one_never_applies(tmp_path: Path) -> None:
 def test_why_names_file_and_line(tmp_path: Path) -> None:
     layer = plan(TWO_GPUS, tmp_path).layers[35]
     assert layer.experts is not None
-    assert layer.experts[0].why == "rules.yaml:11"
+    assert layer.experts[0].why == "rules.yaml:12"
 
 
 def test_layers_0_to_59_stop_short_of_deepseek_v3(tmp_path: Path) -> None:

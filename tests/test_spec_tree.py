@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The module trees that are data here equal those that transformers builds: names, classes, shapes."""
+"""The module trees that are data here equal those of transformers: names, classes, shapes."""
 
 from typing import Any
 
@@ -26,7 +26,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts": 6, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40,
         "decoder_sparse_step": 2,
     },
-    "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 24, "head_dim": 16, "mlp_only_layers": [1]},
+    "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 24, "head_dim": 16,
+        "mlp_only_layers": [1]},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
     "deepseek_v2": {**MLA, "q_lora_rank": None},
     "deepseek_v3": {**MLA, "q_lora_rank": 20},

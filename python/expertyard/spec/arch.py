@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from expertyard.errors import SpecError
-from expertyard.spec.families import GENERIC, Family, find_family, switch
+from expertyard.spec.families import GENERIC, Family, class_name, find_family, switch
 from expertyard.spec.model import ExpertShape
 
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -287,7 +287,7 @@ def _architecture(config: Mapping[str, Any], family: Family) -> str:
     names = config.get("architectures")
     if isinstance(names, list) and names:
         return str(names[0])
-    return f"{family.prefix}ForCausalLM"
+    return class_name(family, family.root_class)
 
 
 def _vision(config: Mapping[str, Any], where: str) -> Vision | None:

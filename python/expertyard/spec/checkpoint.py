@@ -46,7 +46,7 @@ class _Bytes:
 class _Layer:
     dense: _Bytes = field(default_factory=_Bytes)
     experts: _Bytes = field(default_factory=_Bytes)
-    ids: set[int] = field(default_factory=set)
+    parts: dict[int, set[str]] = field(default_factory=dict)  # expert -> names of its tensors
 
 
 def spec_from_folder(folder: Path) -> ModelSpec:
@@ -76,7 +76,7 @@ def spec_from_folder(folder: Path) -> ModelSpec:
         elif not expert[2].endswith("bias"):
             layer.experts.add(tensor)
             if expert[1] is not None:
-                layer.ids.add(int(expert[1]))
+                layer.parts.setdefault(int(expert[1]), set()).add(expert[2])
     _check_layers(folder, spec, layers)
     if spec.tie_word_embeddings:
         outside["head"] = []
@@ -115,11 +115,21 @@ def _check_layers(folder: Path, spec: ModelSpec, found: dict[int, _Layer]) -> No
                 f"{folder}: layer {layer.layer} is a mixture of experts by config.json, but the "
                 "safetensors files have no expert of it."
             )
-        missing = set(range(layer.experts.num_experts)) - tensors.ids
-        if tensors.ids and missing:
+        if tensors.parts:
+            _check_experts(folder, layer.layer, layer.experts.num_experts, tensors.parts)
+
+
+def _check_experts(folder: Path, layer: int, num_experts: int, parts: dict[int, set[str]]) -> None:
+    """Every expert is there, with the same tensors as the others."""
+    every = set().union(*parts.values())
+    for expert in range(num_experts):
+        missing = sorted(every - parts.get(expert, set()))
+        if missing:
+            what = "is" if expert not in parts else f"has no {missing[0]}"
             raise LoadError(
-                f"{folder}: layer {layer.layer}: expert {min(missing)} is not in the safetensors "
-                f"files ({len(tensors.ids)} of {layer.experts.num_experts} are)."
+                f"{folder}: layer {layer}: expert {expert} {what} "
+                f"{'not ' if expert not in parts else ''}in the safetensors files "
+                f"({len(parts)} of {num_experts} experts are). Are files missing?"
             )
 
 

@@ -33,6 +33,7 @@ class Family:
     attention_class: str = "Attention"
     layer_class: str = "DecoderLayer"
     model_class: str = "Model"
+    root_class: str = "ForCausalLM"
     norm_class: str = "RMSNorm"
     rotary_class: str = "RotaryEmbedding"
     qkv_bias: str = "attention_bias"  # config key that switches it; a leading "=" is a fixed value
@@ -113,6 +114,7 @@ FAMILIES: tuple[Family, ...] = (
         "Llama4Text",
         block="feed_forward",
         block_class="Moe",
+        root_class="=Llama4ForCausalLM",
         router="router",
         router_class="=Llama4Router",
         shared="shared_expert",

@@ -33,7 +33,7 @@ def _known_classes(spec: ModelSpec) -> set[str]:
         fields = (
             family.block_class, family.experts_class, family.router_class, family.mlp_class,
             family.attention_class, family.layer_class, family.model_class, family.norm_class,
-            family.rotary_class, "ForCausalLM",
+            family.rotary_class, family.root_class,
         )  # fmt: skip
         known.update(class_name(family, field) for field in fields)
         known.update(name for others in family.old_classes.values() for name in others)
