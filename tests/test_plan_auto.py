@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Automatic placement: GPUs first, then the CPU; dense parts before experts; reserves as the page says."""
+"""Automatic placement: GPUs first, then the CPU; dense parts before experts; reserves as the page
+says.
+"""
 
 from typing import Any
 
@@ -77,7 +79,9 @@ def test_experts_go_with_their_layer_on_several_gpus() -> None:
 
 
 def test_dense_parts_and_kv_come_before_experts() -> None:
-    """As placement.md computes: 24 GiB and V3 in int4 leave room for some 300 experts, no layer on the CPU."""
+    """As placement.md computes: 24 GiB and V3 in int4 leave room for some 300 experts, no layer on
+    the CPU.
+    """
     made = plan(V3, "cuda:0=24GiB,cpu=512GiB", format="int4", dense_format="int8", context=8192)
     assert {layer.device for layer in made.layers} == {"cuda:0"}
     assert 250 < counts(made)["cuda:0"] < 330
@@ -165,7 +169,17 @@ def test_memory_of_the_machine_and_of_the_request() -> None:
 
 @pytest.mark.parametrize(
     "memory",
-    ["", "cuda:0", "cuda:0=", "cuda:0=24XB", "gpuu=3GiB", "cpu=1GiB,cpu=2GiB", "cpu=-1", {}, {"x": 1}],
+    [
+        "",
+        "cuda:0",
+        "cuda:0=",
+        "cuda:0=24XB",
+        "gpuu=3GiB",
+        "cpu=1GiB,cpu=2GiB",
+        "cpu=-1",
+        {},
+        {"x": 1},
+    ],
 )
 def test_wrong_memory_is_an_error(memory: Any) -> None:
     with pytest.raises(ConfigError, match="memory"):
@@ -174,7 +188,13 @@ def test_wrong_memory_is_an_error(memory: Any) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GiB", 24 * GiB), ("24 gib", 24 * GiB), ("1.5G", 3 * GiB // 2), ("10GB", 10**10), ("77", 77)],
+    [
+        ("24GiB", 24 * GiB),
+        ("24 gib", 24 * GiB),
+        ("1.5G", 3 * GiB // 2),
+        ("10GB", 10**10),
+        ("77", 77),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert plan(QWEN, {"cpu": "1TiB", "cuda:0": text}).devices["cuda:0"].capacity == size

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every format tells the planner: the bytes that a [rows, cols] weight matrix takes, scales "
-"included."""
+"""What every format tells the planner: the bytes that a [rows, cols] weight matrix takes, scales
+included.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""float8 e4m3 in blocks of 128 x 128 (DeepSeek-V3's own): 1 byte a weight, one float32 scale a "
-"block."""
+"""float8 e4m3 in blocks of 128 x 128 (DeepSeek-V3's own): 1 byte a weight, one float32 scale a
+block.
+"""
 
 from expertyard.formats.base import Format, ceil_div
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""int4 in groups of 128 along the input: half a byte a weight, one bfloat16 scale a group. A "
-"last group may be short."""
+"""int4 in groups of 128 along the input: half a byte a weight, one bfloat16 scale a group. A last
+group may be short.
+"""
 
 from expertyard.formats.base import Format, ceil_div
 

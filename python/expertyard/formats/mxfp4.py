@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MXFP4 (OCP microscaling, gpt-oss' own): e2m1 in groups of 32 with one e8m0 byte: 17 bytes for "
-"32 weights."""
+"""MXFP4 (OCP microscaling, gpt-oss' own): e2m1 in groups of 32 with one e8m0 byte: 17 bytes for 32
+weights.
+"""
 
 from expertyard.formats.base import Format, ceil_div
 

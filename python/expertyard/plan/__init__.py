@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans: a model, a request and memory sizes in; where everything lives, and why, out. Pure, no "
-"torch."""
+"""Plans: a model, a request and memory sizes in; where everything lives, and why, out. Pure, no
+torch.
+"""
 
 from expertyard.plan.make import make_plan
 from expertyard.plan.model import SCHEMA, DeviceUse, ExpertGroup, LayerPlan, Plan

@@ -54,8 +54,7 @@ def make_plan(
 def _capacities(
     request: Request, memory: Mapping[str, int] | None, merged: Merged
 ) -> tuple[dict[str, int], bool]:
-    """(bytes per device, whether they were given): request.memory, else the machine's, else "
-    "enough."""
+    """(bytes per device, whether given): of the request, else of the machine, else enough."""
     asked = request.memory_bytes()
     sizes = asked if asked is not None else dict(memory) if memory is not None else None
     if sizes is None:

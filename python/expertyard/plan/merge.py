@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several inputs into one set of pins. What two of them place differently is an error naming "
-"both."""
+"""Several inputs into one set of pins. Where two of them disagree, an error names both."""
 
 from __future__ import annotations
 

@@ -74,8 +74,7 @@ class DeviceUse:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole placement. `transfers`: layer -> device where hidden states move before that "
-    "layer."""
+    """A whole placement. `transfers`: layer -> device that hidden states move to before it."""
 
     model: str
     num_layers: int
@@ -89,15 +88,15 @@ class Plan:
 
     @property
     def seconds_per_token(self) -> float:
-        """Time to read what one decoded token needs, device after device; 0 if bandwidths are "
-        "unknown."""
+        """Time to read what one decoded token needs, device after device; 0 if bandwidths are
+        unknown.
+        """
         return sum(
             use.read_per_token / use.bandwidth for use in self.devices.values() if use.bandwidth
         )
 
     def check(self) -> Plan:
-        """Itself; raises RuleError if any finding is an error. What runs a plan calls this "
-        "first."""
+        """Itself; raises RuleError if a finding is an error. What runs a plan calls this first."""
         errors = [str(finding) for finding in self.findings if finding.severity == "error"]
         if errors:
             raise RuleError("\n".join(errors))

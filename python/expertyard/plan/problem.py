@@ -19,8 +19,7 @@ from expertyard.spec.model import Module, shapes_bytes
 
 @dataclass(frozen=True)
 class Device:
-    """A device as data. `reserve` is kept free; a soft one yields to pins and to a model that "
-    "fits."""
+    """A device as data. `reserve` is kept free; a soft one yields to pins."""
 
     name: str
     capacity: int
@@ -51,8 +50,9 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything the solver looks at. `gpus` in filling order; `popularity`: layer -> weight per "
-    "expert."""
+    """Everything the solver looks at. `gpus` in filling order; `popularity`: layer -> weight per
+    expert.
+    """
 
     spec: ModelSpec
     pins: Merged

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the user asks for: one field per flag of `expertyard plan`, and per keyword of "
-"ExpertsConfig."""
+"""What the user asks for: one field per flag of `expertyard plan`, and per keyword of
+ExpertsConfig.
+"""
 
 from __future__ import annotations
 

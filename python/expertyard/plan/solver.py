@@ -147,8 +147,9 @@ def _rooms(problem: Problem, modules: dict[str, str]) -> list[_Room]:
 
 
 def _best_cut(problem: Problem, rooms: list[_Room], by_bytes: bool) -> tuple[float, list[str]]:
-    """(value, device per layer): the ranges of free layers, one a GPU in order, that are worth "
-    "most."""
+    """(value, device per layer): the ranges of free layers, one a GPU in order, that are worth
+    most.
+    """
     free = [i for i in range(len(problem.layers)) if i not in problem.pins.layers]
     slot = max((cost.slot for cost in problem.layers), default=0)
     share = max((cost.share for cost in problem.layers), default=0.0)
@@ -264,8 +265,9 @@ def _spread_evenly(
 def _by_popularity(
     problem: Problem, assignment: Assignment, free: list[list[int]], left: dict[str, int]
 ) -> None:
-    """Most popular first: on its layer's GPU where there is room, else on the fastest that has "
-    "some."""
+    """Most popular first: on its layer's GPU where there is room, else on the fastest that has
+    some.
+    """
     order = sorted(
         ((problem.weights(i)[e], i, e) for i, row in enumerate(free) for e in row),
         key=lambda item: (-item[0], item[1], item[2]),

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device names. Ours are "cpu" and "cuda:0"; every other grammar's spelling is brought to them "
-"here."""
+"""Device names: ours are "cpu" and "cuda:0"; other grammars' spellings become those here."""
 
 from __future__ import annotations
 

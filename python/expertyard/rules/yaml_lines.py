@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML with line numbers: mappings and lists that remember the line of every key. No tags, no "
-"code."""
+"""YAML with line numbers: mappings and lists remember the line of every key. No tags."""
 
 from __future__ import annotations
 
@@ -30,8 +29,9 @@ class Items(list[Any]):
 
 
 def read_text(source: str | Path) -> tuple[str, str]:
-    """(text, name for messages) of a file's path, or of YAML given as text (has a line break or "
-    "': ')."""
+    """(text, name for messages) of a file's path, or of YAML given as text (has a line break or ':
+    ').
+    """
     if isinstance(source, str) and (
         "\n" in source or ": " in source or source.lstrip()[:1] in "[{-"
     ):

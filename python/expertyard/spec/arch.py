@@ -253,8 +253,7 @@ def _shared_size(read: Reader, family: Family, experts: ExpertShape) -> int:
 
 
 def _windows(read: Reader, num_layers: int) -> tuple[int | None, ...]:
-    """Tokens that each layer's cache keeps at most; only layers marked in layer_types are "
-    "limited."""
+    """Tokens that each layer's cache keeps at most; layer_types says which are limited."""
     types = read.config.get("layer_types")
     limits = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
     if not isinstance(types, list) or len(types) < num_layers:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A ModelSpec from a checkpoint's folder: config.json for the shape, headers for the exact "
-"bytes."""
+"""A ModelSpec from a folder: config.json for the shape, headers for the exact bytes."""
 
 from __future__ import annotations
 

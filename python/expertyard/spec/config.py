@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A ModelSpec from a config.json. The shapes come from the module tree, so that names and bytes "
-"agree."""
+"""A ModelSpec from a config.json. The shapes come from the module tree, so that names and bytes
+agree.
+"""
 
 from __future__ import annotations
 

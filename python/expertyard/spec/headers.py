@@ -26,8 +26,9 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint: where it lies and what it is. `begin` counts from the file's "
-    "start."""
+    """One tensor of a checkpoint: where it lies and what it is. `begin` counts from the file's
+    start.
+    """
 
     name: str
     file: Path

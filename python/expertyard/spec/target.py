@@ -8,8 +8,9 @@ from expertyard.spec.model import ModelSpec
 
 
 def resolve_target(target: str | Path) -> ModelSpec:
-    """ModelSpec of what `target` names. Raises SpecError when it is neither a path nor a known "
-    "name."""
+    """ModelSpec of what `target` names. Raises SpecError when it is neither a path nor a known
+    name.
+    """
     path = Path(target)
     try:
         if path.is_dir():

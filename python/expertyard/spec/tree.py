@@ -201,8 +201,9 @@ def _moe_block(arch: Arch, layer: int, names: _Names) -> Iterator[Module]:
 
 
 def _vision(arch: Arch) -> Module:
-    """The vision tower as one module; its bytes are an estimate: attention 4h^2 and MLP 2hi a "
-    "layer."""
+    """The vision tower as one module; its bytes are an estimate: attention 4h^2 and MLP 2hi a
+    layer.
+    """
     assert arch.vision is not None
     hidden, size = arch.vision.hidden_size, arch.vision.intermediate_size
     layer: tuple[Shape, ...] = ((4 * hidden, hidden), (size, hidden), (hidden, size))

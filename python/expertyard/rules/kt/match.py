@@ -77,8 +77,7 @@ EXPERT_CLASSES = ("MLP", "Module")
 
 
 def idle_rules(rules: list[Rule], spec: ModelSpec, found: Matches) -> list[Finding]:
-    """dead-rule: matches no module of this model. shadowed-rule: earlier rules take all it "
-    "matches."""
+    """dead-rule: matches nothing in this model. shadowed-rule: earlier rules take all of it."""
     busy = {rule.number for rule in found.modules.values()}
     busy.update(rule.number for won in found.experts.values() for rule in won.values())
     findings: list[Finding] = []

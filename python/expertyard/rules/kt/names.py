@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KTransformers' class, operator and keyword names, as data. Never imported: matched by their "
-"last component."""
+"""KTransformers' class, operator and keyword names, as data. Never imported: matched by their last
+component.
+"""
 
 # wrappers of the routed experts: these are ours to place and run
 EXPERTS_CLASSES = frozenset({

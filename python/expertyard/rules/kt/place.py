@@ -263,8 +263,9 @@ def _default(parts: list[str]) -> str:
 def _partly(
     spec: ModelSpec, missing: tuple[int, ...], parts: list[str], rule: Rule | None, file: str
 ) -> Finding:
-    """One finding for parts that lack a rule in the same layers; at the end of the model it is a "
-    "short range."""
+    """One finding for parts that lack a rule in the same layers; at the end of the model it is a
+    short range.
+    """
     what = f"{', '.join(parts)} of layers {format_ids(missing)}"
     line = rule.line if rule else 0
     start = missing[0]
