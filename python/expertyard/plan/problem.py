@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The placement problem in numbers: bytes of everything, what is pinned, devices with room and
+speed.
+
+Also the accounting: what an assignment takes of each device, and how long one token reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from expertyard.memory import workspace_bytes
+from expertyard.plan.merge import Merged
+from expertyard.plan.model import DeviceUse
+from expertyard.spec import ModelSpec
+from expertyard.spec.model import Module, shapes_bytes
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device as data. `reserve` is kept free; a soft one yields to pins."""
+
+    name: str
+    capacity: int
+    reserve: int
+    soft: bool
+    bandwidth: float
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.name != "cpu"
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Bytes of one layer. `weight` of an expert is the chance that one token reads it."""
+
+    dense: int
+    kv: int
+    num_experts: int
+    expert: int  # one expert's matrices
+    bias: int  # one expert's biases
+    share: float  # weight of an expert when nothing is known: top_k / num_experts
+
+    @property
+    def slot(self) -> int:
+        return self.expert + self.bias
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything the solver looks at. `gpus` in filling order; `popularity`: layer -> weight per
+    expert.
+    """
+
+    spec: ModelSpec
+    pins: Merged
+    gpus: tuple[Device, ...]
+    cpu: Device | None
+    layers: tuple[LayerCost, ...]
+    outside: Mapping[str, tuple[int, int]]  # module -> (bytes, bytes read per token)
+    context: int
+    batch: int
+    popularity: Mapping[int, Sequence[float]] | None = None
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        return self.gpus + ((self.cpu,) if self.cpu else ())
+
+    def weights(self, layer: int) -> Sequence[float]:
+        """Chance per expert of the layer that one token reads it."""
+        cost = self.layers[layer]
+        if self.popularity is not None and layer in self.popularity:
+            return self.popularity[layer]
+        return (cost.share,) * cost.num_experts
+
+    def workspace(self, top: bool) -> int:
+        return workspace_bytes(self.spec, self.context, self.batch, top)
+
+
+@dataclass
+class Assignment:
+    """Device of every layer, of every expert, and of what lies outside the layers."""
+
+    layers: list[str]
+    experts: list[list[str]]
+    modules: dict[str, str]
+    reserve_applied: bool = True
+
+    @property
+    def base(self) -> str:
+        """The device of the head (or of the embedding that serves as one)."""
+        return self.modules.get("lm_head") or next(iter(self.modules.values()))
+
+
+def layer_costs(
+    spec: ModelSpec, format: str, dense_format: str, context: int, batch: int
+) -> tuple[LayerCost, ...]:
+    """Bytes of every layer in those formats."""
+    costs: list[LayerCost] = []
+    known: dict[object, LayerCost] = {}
+    for layer in spec.layers:
+        key = (layer.dense, layer.experts, layer.stored_dense, layer.stored_experts, layer.window)
+        if key not in known:
+            e = layer.experts
+            known[key] = LayerCost(
+                dense=layer.dense_bytes(dense_format),
+                kv=layer.kv_bytes(context, batch),
+                num_experts=e.num_experts if e else 0,
+                expert=layer.expert_bytes(format),
+                bias=layer.expert_bias_bytes(format),
+                share=e.top_k / e.num_experts if e else 0.0,
+            )
+        costs.append(known[key])
+    return tuple(costs)
+
+
+def outside_modules(spec: ModelSpec, dense_format: str) -> dict[str, tuple[int, int]]:
+    """Modules outside the layers: name -> (bytes, bytes read per decoded token)."""
+    by_part = {
+        "embedding": spec.embedding, "head": spec.head, "norm": spec.norm, "vision": spec.vision,
+    }  # fmt: skip
+    found: dict[str, tuple[int, int]] = {}
+    names = {m.part: m for m in spec.tree if m.layer is None}
+    for part, shapes in by_part.items():
+        module = names.get(part, Module(part, (), part))
+        size = shapes_bytes(shapes, dense_format)
+        if part == "head" and not shapes:
+            found[module.name] = (0, 0)
+            continue
+        if shapes:
+            reads = part in ("head", "norm") or (part == "embedding" and not spec.head)
+            found[module.name] = (size, size if reads else 0)
+    return found
+
+
+def account(problem: Problem, assignment: Assignment) -> dict[str, DeviceUse]:
+    """What the assignment takes of each device. Capacity, reserve and free are not filled in."""
+    weights = dict.fromkeys((d.name for d in problem.devices), 0)
+    experts, kv, reads = dict(weights), dict(weights), dict(weights)
+    busy: set[str] = set()
+    for number, cost in enumerate(problem.layers):
+        home = assignment.layers[number]
+        busy.add(home)
+        weights[home] += cost.dense
+        kv[home] += cost.kv
+        reads[home] += cost.dense + cost.kv
+        placed = assignment.experts[number]
+        if not placed:
+            continue
+        share = problem.weights(number)
+        for device in set(placed):
+            chances = [w for d, w in zip(placed, share, strict=True) if d == device]
+            busy.add(device)
+            experts[device] += len(chances) * cost.expert
+            weights[device] += len(chances) * cost.bias
+            reads[device] += round(sum(chances) * cost.slot)
+    for name, device in assignment.modules.items():
+        size, read = problem.outside[name]
+        weights[device] += size
+        reads[device] += read
+        busy.add(device)
+    return {
+        name: DeviceUse(
+            weights=weights[name],
+            experts=experts[name],
+            kv=kv[name],
+            workspace=problem.workspace(name == assignment.base) if name in busy else 0,
+            read_per_token=reads[name],
+        )
+        for name in weights
+    }
+
+
+def seconds_per_token(problem: Problem, uses: Mapping[str, DeviceUse]) -> float:
+    """Reads of one token, device after device."""
+    return sum(uses[device.name].read_per_token / device.bandwidth for device in problem.devices)

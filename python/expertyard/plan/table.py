@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan as tables for people: runs of equal layers, bytes per device by kind, reads, findings."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from expertyard.memory import GiB
+from expertyard.plan.model import LayerPlan, Plan
+
+_STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
+
+
+def render(plan: Plan) -> RenderableType:
+    """Everything that `expertyard plan` prints, as one rich renderable."""
+    parts: list[RenderableType] = [Text(f"{plan.model}: {plan.num_layers} layers"), _layers(plan)]
+    if plan.modules:
+        outside = ", ".join(f"{name} on {device}" for name, device in plan.modules.items())
+        parts.append(Text(f"outside the layers: {outside}"))
+    moves = ", ".join(f"before layer {i} to {device}" for i, device in plan.transfers.items())
+    parts += [Text(f"hidden states move: {moves or 'never'}"), Text(""), _devices(plan)]
+    parts.append(Text(_speed(plan)))
+    if plan.findings:
+        parts.append(Text(""))
+        parts += [Text(str(f), style=_STYLES.get(f.severity, "")) for f in plan.findings]
+    return Group(*parts)
+
+
+def runs(plan: Plan) -> list[list[LayerPlan]]:
+    """Neighbouring layers that are placed alike."""
+    found: list[list[LayerPlan]] = []
+    last = None
+    for layer in plan.layers:
+        groups = layer.experts and [
+            (len(g.ids), g.device, g.format, g.op, g.why) for g in layer.experts
+        ]
+        key = (layer.device, layer.why, layer.dense_format, layer.bytes, groups)
+        if key != last:
+            found.append([])
+        found[-1].append(layer)
+        last = key
+    return found
+
+
+def _layers(plan: Plan) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("layers", no_wrap=True)
+    table.add_column("attention", no_wrap=True)
+    table.add_column("experts a layer", no_wrap=True)
+    table.add_column("GiB", justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for run in runs(plan):
+        first, last = run[0], run[-1]
+        name = f"{first.layer}-{last.layer}" if len(run) > 1 else f"{first.layer}"
+        groups = first.experts or ()
+        experts = [f"{len(g.ids)} on {g.device} {g.format}" for g in groups] or ["dense"]
+        sizes = [sum(layer.bytes for layer in run)]
+        sizes += [g.bytes * len(run) for g in groups]
+        why = [first.why, *(g.why for g in groups)]
+        lines = max(len(experts), 1)
+        for line in range(lines):
+            reason = first.why if not groups or first.why == groups[line].why else why[line + 1]
+            if line == 0 and groups and first.why != groups[0].why:
+                reason = f"{first.why}; experts {groups[0].why}"
+            size = (sizes[0] if line == 0 else 0) + (sizes[line + 1] if groups else 0)
+            table.add_row(
+                name if line == 0 else "",
+                f"{first.device} {first.dense_format}" if line == 0 else "",
+                experts[line],
+                f"{size / GiB:.2f}",
+                reason,
+            )
+    return table
+
+
+def _devices(plan: Plan) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("GiB", no_wrap=True)
+    kinds = ("weights", "experts", "kv", "workspace", "reserved", "free", "capacity")
+    for kind in kinds:
+        table.add_column("KV" if kind == "kv" else kind, justify="right", no_wrap=True)
+    table.add_column("read/token", justify="right", no_wrap=True)
+    for name, use in plan.devices.items():
+        known = use.capacity > 0
+        cells = [
+            f"{getattr(use, kind) / GiB:.2f}" if known or kind not in ("free", "capacity") else "?"
+            for kind in kinds
+        ]
+        table.add_row(name, *cells, f"{use.read_per_token / GiB:.3f}")
+    return table
+
+
+def _speed(plan: Plan) -> str:
+    """The bound that reading puts on decoding."""
+    seconds = plan.seconds_per_token
+    if not seconds:
+        return ""
+    speeds = ", ".join(
+        f"{name} {use.bandwidth / 1e9:.0f} GB/s"
+        for name, use in plan.devices.items()
+        if use.read_per_token
+    )
+    return f"reading alone allows {1 / seconds:.1f} tokens/s (with {speeds})"
