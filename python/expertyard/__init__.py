@@ -8,6 +8,8 @@ when it is first used, so that planning stays instant on a machine that has neit
 from importlib import import_module
 from typing import Any
 
+from .registration import register as _register
+
 __version__ = "0.1.0"
 
 # public name -> module that defines it
@@ -39,3 +41,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_EXPORTS})
+
+
+_register()  # experts_implementation="expertyard" exists from here on; imports nothing

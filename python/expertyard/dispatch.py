@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a plan to one device and format per layer of experts: what of a plan can be obeyed here.
+
+Pure: the caller says which layers have experts and which devices exist. Today the experts of a
+layer stay together; a plan that parts them is refused with a sentence, never bent.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from .errors import DeviceError, PlanError
+from .plan import LayerPlan, Plan
+
+__all__ = ["Placement", "check_devices", "place_experts"]
+
+_OPS = {"cpu": "cpu", "cuda": "cuda"}  # device type -> the op that runs there
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where all experts of one layer live, and in which format."""
+
+    device: str
+    format: str
+
+
+def place_experts(plan: Plan, layers: Mapping[str, int]) -> dict[str, Placement]:
+    """The placement of each experts module.
+
+    layers  experts module -> its layer's number in the plan
+    Raises PlanError if the plan does not know a layer's experts, or asks for what is not supported.
+    """
+    planned = {layer.layer: layer for layer in plan.layers}
+    return {name: _placement(name, planned.get(number)) for name, number in layers.items()}
+
+
+def check_devices(plan: Plan, available: Collection[str]) -> None:
+    """DeviceError if the plan names a device that is not in `available`."""
+    wanted: dict[str, str] = {}
+    for layer in plan.layers:
+        wanted.setdefault(layer.device, f"layer {layer.layer}")
+        for group in layer.experts or ():
+            wanted.setdefault(group.device, f"the experts of layer {layer.layer}")
+    for device, what in wanted.items():
+        if device not in available:
+            raise DeviceError(
+                f"The plan puts {what} on {device}, which this machine does not have; it has "
+                f"{', '.join(sorted(available))}. Change rules, layers or memory so that they name "
+                "these only, or leave them out: Expertyard then places the model on what is there."
+            )
+
+
+def _placement(name: str, layer: LayerPlan | None) -> Placement:
+    if layer is None or layer.experts is None:
+        what = "has no such layer" if layer is None else "says that this layer has no experts"
+        raise PlanError(
+            f"{name}: the plan {what}, but the model has experts there. The plan was made for "
+            "another model; plan again from this model's config.json."
+        )
+    placements = {Placement(group.device, group.format) for group in layer.experts}
+    if len(placements) > 1:
+        places = ", ".join(sorted(f"{p.device} ({p.format})" for p in placements))
+        raise PlanError(
+            f"Layer {layer.layer}: the plan parts its experts over {places}. That is not supported "
+            "yet: the experts of one layer stay together. Place whole layers."
+        )
+    for group in layer.experts:
+        for op in {group.op, group.prefill_op} - {""}:
+            runs = _OPS.get(group.device.partition(":")[0])
+            if op != runs:
+                raise PlanError(
+                    f"Layer {layer.layer}: the plan runs its experts with op {op!r} on "
+                    f"{group.device}. There only op {runs!r} is supported yet ({group.why})."
+                )
+    return placements.pop()

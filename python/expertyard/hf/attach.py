@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Road C: attach() puts a model in memory on our kernels, detach() takes it off again.
+
+Modules, classes and parameters stay the objects that they are; only the `forward` of each experts
+module is covered by ours, on the instance. detach() uncovers it.
+"""
+
+from dataclasses import replace
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError
+from .binding import bind, lay_out_as_declared, unbind
+from .config import ExpertsConfig
+from .interface import experts_forward
+from .layers import find_experts, layer_number, recognise
+from .planning import make_promises
+from .state import Promise, Promised, forget, promise_of, remember
+
+__all__ = ["attach", "covered", "detach"]
+
+
+def attach(model: Any, config: ExpertsConfig | None = None) -> Any:
+    """Runs the experts of a transformers model on Expertyard's kernels; returns the model.
+
+    Without a config, experts run where their parameters lie, in place. With one, the plan is made
+    from model.config and experts that it puts elsewhere, or in another format, are copied there;
+    the dense part of the model stays where it is.
+    Raises KernelError, PlanError, DeviceError or ConfigError, and leaves the model as it was.
+    """
+    if promise_of(model) is not None:
+        raise ConfigError(
+            "This model already runs on Expertyard. Call expertyard.detach(model) first."
+        )
+    modules = find_experts(model)
+    layouts = {name: recognise(module, name) for name, module in modules.items()}
+    plan = None
+    if config is None:
+        promises = tuple(
+            Promised(name, layer_number(name), layout, None, None)
+            for name, layout in layouts.items()
+        )
+    else:
+        if not isinstance(config, ExpertsConfig):
+            raise ConfigError(f"attach: expected an ExpertsConfig, got {type(config).__name__}.")
+        dtype = next(iter(modules.values())).down_proj.dtype
+        plan, promises = make_promises(config, model.config.to_dict(), layouts, dtype)
+    done: list[nn.Module] = []
+    try:
+        for promised in promises:
+            module = modules[promised.name]
+            done.append(module)
+            bind(module, promised.device, promised.format).packed()
+            _cover(module)
+    except BaseException:
+        for module in done:
+            _uncover(module)
+        raise
+    promises = tuple(
+        replace(promised, home=str(modules[promised.name].down_proj.device))
+        for promised in promises
+    )
+    remember(model, Promise("attach", plan, promises))
+    return model
+
+
+def detach(model: Any) -> Any:
+    """Undoes attach(): the same modules, classes, parameters and outputs as before; returns it.
+
+    Raises ConfigError if the model is not attached.
+    """
+    promise = promise_of(model)
+    if promise is None or promise.road != "attach":
+        raise ConfigError(
+            "detach: this model was not attached with expertyard.attach(). A model loaded with "
+            "ExpertsConfig has no other experts to go back to: load it again without."
+            if promise is not None
+            else "detach: this model was not attached with expertyard.attach()."
+        )
+    for promised in promise.layers:
+        _uncover(model.get_submodule(promised.name))
+    forget(model)
+    return model
+
+
+def _slot(module: nn.Module) -> str:
+    # accelerate's hook is in `forward` and calls what was there before by this name
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+
+
+def _cover(module: nn.Module) -> None:
+    slot = _slot(module)
+    covered_by_accelerate = module.__dict__.get(slot)
+    if covered_by_accelerate is not None:
+        module.__dict__["_expertyard_covered"] = covered_by_accelerate
+    module.__dict__[slot] = MethodType(experts_forward, module)
+
+
+def _uncover(module: nn.Module) -> None:
+    binding = unbind(module)
+    slot = _slot(module)
+    if covered(module):
+        del module.__dict__[slot]
+    if (before := module.__dict__.pop("_expertyard_covered", None)) is not None:
+        module.__dict__[slot] = before
+    if binding is not None and binding.layout.transposed:
+        lay_out_as_declared(module)
+
+
+def covered(module: nn.Module) -> bool:
+    """Whether attach() has covered this module's forward."""
+    forward = module.__dict__.get(_slot(module))
+    return getattr(forward, "__func__", None) is experts_forward

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ExpertsConfig: what a user asks of Expertyard, in the form that from_pretrained takes."""
+
+import dataclasses
+import difflib
+import inspect
+import json
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import ConfigError
+from ..plan import Request
+
+__all__ = ["QUANT_METHOD", "ExpertsConfig"]
+
+QUANT_METHOD = "expertyard"
+
+
+class ExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Which experts go where, and in which format.
+
+    Takes the keywords of expertyard.Request, which are those of `expertyard plan`:
+    rules, layers, memory, format, context and so on. Without `format`, experts keep the model's
+    dtype (bf16, fp16 or fp32). Raises ConfigError for a keyword that does not exist.
+
+        from_pretrained(path, quantization_config=ExpertsConfig(rules="rules.yaml"))
+    """
+
+    # what `help(ExpertsConfig)` and editors show: Request's keywords, said once
+    __signature__ = inspect.signature(Request)
+
+    def __init__(self, **request: Any) -> None:
+        request.pop("quant_method", None)  # in a dictionary that to_dict() has made
+        known = [field.name for field in dataclasses.fields(Request)]
+        for key in request:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(known)}."
+                raise ConfigError(f"ExpertsConfig has no keyword {key!r}. {hint}")
+        self.quant_method = QUANT_METHOD
+        self.given = request
+        self.request = Request(**request)
+
+    def with_format(self, format: str) -> Request:
+        """The request, with `format` where the user has not named one."""
+        if "format" in self.given:
+            return self.request
+        return dataclasses.replace(self.request, format=format)
+
+    def to_dict(self) -> dict[str, Any]:
+        """quant_method and the keywords that were given."""
+        return {"quant_method": QUANT_METHOD, **self.given}
+
+    def __iter__(self) -> Any:
+        return iter(self.to_dict().items())
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=str) + "\n"
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{key}={value!r}" for key, value in self.given.items())
+        return f"ExpertsConfig({given})"

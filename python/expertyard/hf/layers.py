@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds a model's experts modules and recognises what they compute.
+
+An experts module is one that transformers' decorator `use_experts_implementation` has made: it says
+how its parameters lie (is_transposed, is_concatenated, has_bias, ...) and how gate and up meet
+(_apply_gate). The layout is read, the arithmetic is probed: random numbers go through the module's
+own _apply_gate and through ours, and only agreement counts. A name proves nothing: two families may
+share a class name and differ by a clamp.
+"""
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import KernelError
+from ..loading import ExpertsLayout
+from ..reference import apply_activation
+
+__all__ = ["find_experts", "is_experts", "layer_number", "recognise"]
+
+_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
+_PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+_SUPPORTED = (
+    "silu(gate) * up, gelu_tanh(gate) * up, and gpt-oss' clamped (up + 1) * gate * "
+    "sigmoid(alpha * gate)"
+)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether transformers' experts interface drives this module."""
+    return all(hasattr(module, mark) for mark in _MARKS)
+
+
+def find_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Every experts module by name; KernelError if some experts are none that we can recognise."""
+    found = {name: module for name, module in model.named_modules() if is_experts(module)}
+    strange = [name for name in _stacked_experts(model) if name not in found]
+    if strange or not found:
+        what = f"{type(model).__name__}: "
+        if strange:
+            kind = type(model.get_submodule(strange[0])).__name__
+            what += f"the experts of {strange[0]} ({kind}) do not use"
+        else:
+            what += "no module uses"
+        raise KernelError(
+            f"{what} transformers' experts interface, so their weights cannot be recognised "
+            "safely. docs/huggingface.md lists the families that can be."
+        )
+    return found
+
+
+def _stacked_experts(model: nn.Module) -> Iterator[str]:
+    """Modules that hold experts as 3-d parameters, or one module an expert."""
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, nn.ModuleList) and leaf == "experts":
+            yield name
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dim() == 3 and leaf == "experts":
+                yield name
+                break
+
+
+def layer_number(name: str) -> int:
+    """The layer that a module belongs to: the first number in its name."""
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    if match is None:
+        raise KernelError(f"{name}: expected a layer number in the name of an experts module.")
+    return int(match[1])
+
+
+def recognise(module: nn.Module, name: str) -> ExpertsLayout:
+    """Layout and arithmetic of an experts module, on any device including meta.
+
+    Raises KernelError, saying what is different, if our kernels do not compute what it computes.
+    """
+    who = f"{name} ({type(module).__name__})"
+    for mark, expected, what in (
+        ("has_gate", True, "has no gate projection"),
+        ("has_post_expert_norm", False, "normalises each expert's output before it is weighted"),
+    ):
+        if getattr(module, mark, expected) != expected:
+            raise KernelError(f"{who}: {what}, which no kernel of ours does yet.")
+    shapes = {key: tuple(value.shape) for key, value in module.named_parameters()}
+    unknown = sorted(shapes.keys() - set(_PARAMETERS))
+    has_bias = bool(module.has_bias)
+    needed = _PARAMETERS if has_bias else _PARAMETERS[:2]
+    if unknown or shapes.keys() != set(needed):
+        raise KernelError(
+            f"{who}: expected the parameters {', '.join(needed)}, got {', '.join(sorted(shapes))}. "
+            "No kernel of ours knows what the others do."
+        )
+    shape = shapes["down_proj"]
+    transposed, interleaved = bool(module.is_transposed), not module.is_concatenated
+    num_experts, out, inner = shape if len(shape) == 3 else (0, 0, 0)
+    hidden_size, intermediate_size = (inner, out) if transposed else (out, inner)
+    activation, alpha, limit = _probe(module, who, interleaved)
+    layout = ExpertsLayout(
+        num_experts=num_experts,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        activation=activation,
+        alpha=alpha,
+        limit=limit,
+        interleaved=interleaved,
+        transposed=transposed,
+        has_bias=has_bias,
+    )
+    for key, expected_shape in layout.parameter_shapes().items():
+        if shapes[key] != expected_shape:
+            raise KernelError(
+                f"{who}: expected {key} of shape {list(expected_shape)}, got {list(shapes[key])}."
+            )
+    return layout
+
+
+def _candidates(module: nn.Module) -> list[tuple[str, float, float]]:
+    """Activation, alpha and limit that the module might compute; the probe decides."""
+    found = [("silu", 1.702, 7.0), ("gelu_tanh", 1.702, 7.0), ("swigluoai", 1.702, 7.0)]
+    alpha = getattr(module, "alpha", getattr(module, "swiglu_alpha", None))
+    limit = getattr(module, "limit", getattr(module, "swiglu_limit", None))
+    if isinstance(alpha, int | float) and isinstance(limit, int | float):
+        found.append(("swigluoai", float(alpha), float(limit)))
+    return found
+
+
+def _probe(module: nn.Module, who: str, interleaved: bool) -> tuple[str, float, float]:
+    with torch.no_grad(), torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        # from everyday values to far beyond any clamp; 0.1 to 1000, both signs
+        size = 10 ** torch.empty(256, 32).uniform_(-1, 3, generator=generator)
+        gate = size * torch.randn(256, 32, generator=generator, dtype=torch.float32)
+        up = size.roll(7) * torch.randn(256, 32, generator=generator, dtype=torch.float32)
+        pair = [gate, up]
+        joined = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+        try:
+            got: Tensor = module._apply_gate(joined)  # type: ignore[operator]
+        except Exception as error:
+            raise KernelError(
+                f"{who}: its gate cannot be tried on random numbers ({error}), so it cannot be "
+                "recognised safely."
+            ) from error
+        for activation, alpha, limit in _candidates(module):
+            expected = apply_activation(gate, up, activation, alpha, limit)
+            if got.shape == expected.shape and torch.allclose(got, expected, 1e-5, 1e-5):
+                return activation, alpha, limit
+    raise KernelError(
+        f"{who}: on random numbers its gate computes none of {_SUPPORTED}. No kernel of ours "
+        "computes what it does yet, so its experts stay with transformers."
+    )
