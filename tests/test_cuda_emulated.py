@@ -105,10 +105,11 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def with_changes(
     changes: list[tuple[str, str, str]], objects: dict[str, Path], folder: Path
 ) -> Path:
-    """The test program, with experts.cu compiled from a copy of the sources that has the changes."""
+    """The test program; its experts.cu comes from a copy of the sources that has the changes."""
     csrc = folder / "csrc"
     shutil.copytree(ROOT / "csrc" / "cuda", csrc / "cuda")
-    shutil.copy(ROOT / "csrc" / "moe.h", csrc)
+    for header in ("moe.h", "status.h"):
+        shutil.copy(ROOT / "csrc" / header, csrc)
     for name, old, new in changes:
         text = (csrc / "cuda" / name).read_text()
         assert text.count(old) == 1, f"{name} has {old!r} {text.count(old)} times"

@@ -7,14 +7,9 @@
 #include <cstdint>
 
 #include "../moe.h"
+#include "../status.h"
 
 namespace ey::cuda {
-
-struct Status {
-  int code = 0;  // 0: fine; > 0: the cudaError_t; -1: refused by us
-  char sentence[480] = {};
-  bool ok() const { return code == 0; }
-};
 
 struct DeviceFacts {
   char name[256];
@@ -48,8 +43,8 @@ Status take_bad_id(const ExpertSet& set);
 // 128 MiB, unless one token alone needs more.
 int64_t workspace_bytes(const MoeArgs& args);
 
-// The kernel that moe_experts picks for this many tokens.
-const char* kernel_name(const ExpertSet& set, int64_t num_tokens);
+// The kernel that moe_experts picks: "cuda_rows". A string that lives for ever.
+const char* kernel_isa(const ExpertSet& set, DType hidden_dtype, int64_t num_tokens);
 
 // The op of moe.h on the current device; all pointers are its memory. Queues work on the stream and
 // returns: no wait, no allocation, can be captured in a CUDA graph. Calls that may overlap need

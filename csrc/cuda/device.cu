@@ -25,8 +25,7 @@ Status device_count(int* count) {
   *count = 0;
   const int driver = driver_version();
   if (error == cudaErrorInsufficientDriver && driver > 0) {
-    return status(
-        error,
+    return failure(
         "the NVIDIA driver serves CUDA up to %d.%d and this build needs %d.%d (CUDA error "
         "%d: %s); update the driver, or build with the nvcc of an older CUDA; the CPU "
         "kernels work without one",
@@ -34,30 +33,30 @@ Status device_count(int* count) {
         int(error), cudaGetErrorString(error));
   }
   if (error == cudaErrorInsufficientDriver || driver == 0) {
-    return status(error == cudaSuccess ? kRefused : int(error),
-                  "no NVIDIA driver on this machine (CUDA error %d: %s); the CPU kernels work "
-                  "without one",
-                  int(error), cudaGetErrorString(error));
+    return failure(
+        "no NVIDIA driver on this machine (CUDA error %d: %s); the CPU kernels work "
+        "without one",
+        int(error), cudaGetErrorString(error));
   }
   if (error == cudaErrorNoDevice || error == cudaSuccess) {
-    return status(error == cudaSuccess ? kRefused : int(error),
-                  "the NVIDIA driver shows no GPU (CUDA error %d: %s); CUDA_VISIBLE_DEVICES may "
-                  "hide them; the CPU kernels work without one",
-                  int(error), cudaGetErrorString(error));
+    return failure(
+        "the NVIDIA driver shows no GPU (CUDA error %d: %s); CUDA_VISIBLE_DEVICES may "
+        "hide them; the CPU kernels work without one",
+        int(error), cudaGetErrorString(error));
   }
-  return status(error,
-                "CUDA cannot be used on this machine (CUDA error %d: %s); the CPU kernels work "
-                "without it",
-                int(error), cudaGetErrorString(error));
+  return failure(
+      "CUDA cannot be used on this machine (CUDA error %d: %s); the CPU kernels work "
+      "without it",
+      int(error), cudaGetErrorString(error));
 }
 
 Status device_facts(int device, DeviceFacts* facts) {
   *facts = {};
   int count = 0;
-  if (Status s = device_count(&count); !s.ok()) return s;
+  if (Status s = device_count(&count); !s.ok) return s;
   if (device < 0 || device >= count) {
-    return status(kRefused, "cuda:%d: this machine has %d CUDA device%s, cuda:0 to cuda:%d", device,
-                  count, count == 1 ? "" : "s", count - 1);
+    return failure("cuda:%d: this machine has %d CUDA device%s, cuda:0 to cuda:%d", device, count,
+                   count == 1 ? "" : "s", count - 1);
   }
   cudaDeviceProp properties;
   if (cudaError_t e = cudaGetDeviceProperties(&properties, device); e != cudaSuccess) {

@@ -57,7 +57,7 @@ cudaError_t run_chunk(const Chunk& chunk, int64_t tokens, cudaStream_t stream) {
 
 Status prepare(int device) {
   DeviceFacts facts;
-  if (Status s = device_facts(device, &facts); !s.ok()) return s;
+  if (Status s = device_facts(device, &facts); !s.ok) return s;
   const CurrentDevice current(device);
   if (current.error() != cudaSuccess) return cuda_failed(current.error(), "cudaSetDevice");
   const OutsideCapture outside;
@@ -75,8 +75,7 @@ Status prepare(int device) {
     if (error == cudaSuccess) continue;
     cudaGetLastError();
     if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-      return status(
-          error,
+      return failure(
           "cuda:%d (%s) has compute capability %d.%d and this build has code for %s only; "
           "%s; the CPU kernels work without it",
           device, facts.name, facts.major, facts.minor, architectures(),
@@ -92,31 +91,20 @@ int64_t workspace_bytes(const MoeArgs& args) {
   return tokens_per_chunk(args) * bytes_per_token(args);
 }
 
-const char* kernel_name(const ExpertSet& set, int64_t) {
-  switch (set.format) {
-    case Format::kFp32:
-      return "fp32_cuda_rows";
-    case Format::kBf16:
-      return "bf16_cuda_rows";
-    case Format::kFp16:
-      return "fp16_cuda_rows";
-  }
-  return "";
-}
+const char* kernel_isa(const ExpertSet&, DType, int64_t) { return "cuda_rows"; }
 
 Status moe_experts(const MoeArgs& args, void* workspace, void* stream) {
   const ExpertSet& set = *args.set;
-  if (Status s = take_bad_id(set); !s.ok()) return s;
+  if (Status s = take_bad_id(set); !s.ok) return s;
   if (args.num_tokens == 0 || set.hidden_size == 0) return {};
   if (set.hidden_size > kMostRows || set.intermediate_size > kMostRows) {
-    return status(
-        kRefused, "hidden_size %lld and intermediate_size %lld: this CUDA kernel serves up to %lld",
+    return failure(
+        "hidden_size %lld and intermediate_size %lld: this CUDA kernel serves up to %lld",
         (long long)set.hidden_size, (long long)set.intermediate_size, (long long)kMostRows);
   }
   const int64_t chunk_tokens = tokens_per_chunk(args);
   if (chunk_tokens * args.top_k > INT32_MAX) {
-    return status(kRefused, "top_k %lld is more than this CUDA kernel serves",
-                  (long long)args.top_k);
+    return failure("top_k %lld is more than this CUDA kernel serves", (long long)args.top_k);
   }
   for (int64_t first = 0; first < args.num_tokens; first += chunk_tokens) {
     const int64_t left = args.num_tokens - first;

@@ -3,28 +3,13 @@
 // caller's current device as it was, and do not disturb a CUDA graph that another thread captures.
 #pragma once
 
-#include <cstdarg>
-#include <cstdio>
-
 #include "cuda.h"
 #include "ptx.cuh"
 
 namespace ey::cuda {
 
-__attribute__((format(printf, 2, 3))) inline Status status(int code, const char* format, ...) {
-  Status s;
-  s.code = code;
-  va_list arguments;
-  va_start(arguments, format);
-  vsnprintf(s.sentence, sizeof s.sentence, format, arguments);
-  va_end(arguments);
-  return s;
-}
-
-constexpr int kRefused = -1;
-
 inline Status cuda_failed(cudaError_t error, const char* what) {
-  return status(error, "%s: CUDA error %d: %s", what, int(error), cudaGetErrorString(error));
+  return failure("%s: CUDA error %d: %s", what, int(error), cudaGetErrorString(error));
 }
 
 class CurrentDevice {

@@ -6,7 +6,7 @@
 namespace ey::cuda {
 
 Status make_table(int device, const ExpertPointers* experts, ExpertSet* set) {
-  if (Status s = prepare(device); !s.ok()) return s;
+  if (Status s = prepare(device); !s.ok) return s;
   const CurrentDevice current(device);
   if (current.error() != cudaSuccess) return cuda_failed(current.error(), "cudaSetDevice");
   const OutsideCapture outside;
@@ -54,8 +54,7 @@ Status take_bad_id(const ExpertSet& set) {
   if (set.bad_id == nullptr) return {};
   const uint64_t word = __atomic_exchange_n(set.bad_id, uint64_t(0), __ATOMIC_RELAXED);
   if (word == 0) return {};
-  return status(
-      kRefused,
+  return failure(
       "topk_ids: expected -1 to %lld (-1 and %lld mean \"none\"), got %d at token %lld of an "
       "earlier call, whose row of the result is NaN",
       (long long)set.num_experts, (long long)set.num_experts, id_of_bad_id(word),
