@@ -8,6 +8,7 @@
 #include "cpu/kernel.h"
 #include "cpu/limits.h"
 #include "cpu/threads.h"
+#include "cuda/cuda.h"
 #include "expert_sets.h"
 #include "registry.h"
 
@@ -78,21 +79,58 @@ const ey::cpu::Kernel& kernel_called(const std::string& name) {
   throw py::value_error("no kernel is called '" + name + "'");
 }
 
-std::string kernel_name(const std::string& format, const std::string& hidden_dtype) {
-  const auto dtype = parse<ey::DType>(
-      hidden_dtype,
+ey::DType parse_dtype(const std::string& name) {
+  return parse<ey::DType>(
+      name,
       {{"bfloat16", ey::DType::kBF16}, {"float16", ey::DType::kF16}, {"float32", ey::DType::kF32}});
+}
+
+std::string kernel_name(const std::string& format, const std::string& hidden_dtype) {
+  const auto dtype = parse_dtype(hidden_dtype);
   const ey::cpu::Kernel* kernel = nullptr;
   throw_unless(ey::select_kernel(parse_format(format), dtype, &kernel));
   return format + "_" + kernel->isa;
 }
 
+// Every CUDA device of this machine and whether this build can use it; "why" says why it cannot use
+// any of them. Asking makes a context on each device (some hundred MB of its memory).
+py::dict cuda_status() {
+  int count = 0;
+  const ey::Status counted = ey::cuda::device_count(&count);
+  py::list devices;
+  for (int i = 0; i < count; ++i) {
+    ey::cuda::DeviceFacts facts;
+    ey::Status usable = ey::cuda::device_facts(i, &facts);
+    if (usable.ok) usable = ey::cuda::prepare(i);
+    devices.append(py::dict(
+        py::arg("name") = facts.name,
+        py::arg("capability") = std::to_string(facts.major) + "." + std::to_string(facts.minor),
+        py::arg("multiprocessors") = facts.multiprocessors,
+        py::arg("total_bytes") = facts.total_bytes, py::arg("free_bytes") = facts.free_bytes,
+        py::arg("usable") = usable.ok,
+        py::arg("why") = usable.ok ? py::object(py::none()) : py::object(py::str(usable.what))));
+  }
+  return py::dict(
+      py::arg("built") = ey::cuda::runtime_version() != 0, py::arg("usable") = counted.ok,
+      py::arg("why") = counted.ok ? py::object(py::none()) : py::object(py::str(counted.what)),
+      py::arg("driver_version") = ey::cuda::driver_version(),
+      py::arg("runtime_version") = ey::cuda::runtime_version(),
+      py::arg("architectures") = ey::cuda::architectures(), py::arg("devices") = devices);
+}
+
+// None, or why experts cannot be on this CUDA device.
+py::object cuda_problem(int device) {
+  const ey::Status status = ey::cuda::prepare(device);
+  return status.ok ? py::object(py::none()) : py::object(py::str(status.what));
+}
+
 // pointers: one (gate, up, down, gate_bias, up_bias, down_bias) of addresses an expert; 0 is null.
+// device: -1 for the CPU, else the CUDA device that the addresses are of.
 // The caller checks shapes and keeps the memory alive until remove_experts.
 int64_t add_experts(const std::string& format, const std::string& activation, float alpha,
                     float limit, int64_t hidden_size, int64_t intermediate_size,
                     int64_t gate_up_row_stride, int64_t down_row_stride,
-                    const std::vector<std::array<uintptr_t, 6>>& pointers) {
+                    const std::vector<std::array<uintptr_t, 6>>& pointers, int device) {
   auto entry = std::make_unique<ey::ExpertSetEntry>();
   entry->pointers.reserve(pointers.size());
   for (const auto& p : pointers) {
@@ -116,12 +154,32 @@ int64_t add_experts(const std::string& format, const std::string& activation, fl
       .gate_up_row_stride = gate_up_row_stride,
       .down_row_stride = down_row_stride,
       .experts = entry->pointers.data()};
+  if (device >= 0) {
+    throw_unless(ey::cuda::make_table(device, entry->pointers.data(), &entry->set));
+    entry->device = device;
+    entry->release = [](ey::ExpertSetEntry& e) { ey::cuda::free_table(e.device, &e.set); };
+  }
   return ey::add_expert_set(std::move(entry));
 }
 
-py::dict experts_info(int64_t handle) {
-  const auto entry = ey::find_expert_set(handle);
+std::shared_ptr<ey::ExpertSetEntry> live(int64_t handle) {
+  auto entry = ey::find_expert_set(handle);
   if (entry == nullptr) throw py::value_error(std::to_string(handle) + " is not a live handle");
+  return entry;
+}
+
+std::string cuda_kernel_name(int64_t handle, const std::string& hidden_dtype, int64_t num_tokens) {
+  const auto entry = live(handle);
+  if (entry->device < 0) throw py::value_error("these experts are on the CPU");
+  const char* isa = ey::cuda::kernel_isa(entry->set, parse_dtype(hidden_dtype), num_tokens);
+  return std::string(ey::name_of(entry->set.format)) + "_" + isa;
+}
+
+// Raises what the GPU has reported of earlier calls. Call it after a synchronisation to be sure.
+void check_experts(int64_t handle) { throw_unless(ey::cuda::take_bad_id(live(handle)->set)); }
+
+py::dict experts_info(int64_t handle) {
+  const auto entry = live(handle);
   const char* isa = entry->last_isa.load(std::memory_order_relaxed);
   const std::string format = ey::name_of(entry->set.format);
   return py::dict(py::arg("format") = format,
@@ -137,15 +195,21 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernels", &kernel_table);
   m.def("cpu_features", &cpu_features);
   m.def("thread_limits", &thread_limits);
+  m.def("cuda_status", &cuda_status);
+  m.def("cuda_problem", &cuda_problem, py::arg("device"));
   m.def("kernel_name", &kernel_name, py::arg("format"), py::arg("hidden_dtype"));
+  m.def("cuda_kernel_name", &cuda_kernel_name, py::arg("handle"), py::arg("hidden_dtype"),
+        py::arg("num_tokens"));
   m.def(
       "force_isa", [](const char* isa) { throw_unless(ey::force_isa(isa)); },
       py::arg("isa").none(true));
   m.def("forced_isa", &ey::forced_isa);
   m.def("add_experts", &add_experts, py::arg("format"), py::arg("activation"), py::arg("alpha"),
         py::arg("limit"), py::arg("hidden_size"), py::arg("intermediate_size"),
-        py::arg("gate_up_row_stride"), py::arg("down_row_stride"), py::arg("pointers"));
+        py::arg("gate_up_row_stride"), py::arg("down_row_stride"), py::arg("pointers"),
+        py::arg("device") = -1);
   m.def("remove_experts", &ey::remove_expert_set, py::arg("handle"));
+  m.def("check_experts", &check_experts, py::arg("handle"));
   m.def("experts_info", &experts_info, py::arg("handle"));
   m.def(
       "read_gbps",

@@ -15,8 +15,15 @@ namespace ey {
 
 struct ExpertSetEntry {
   ExpertSet set;
-  std::vector<ExpertPointers> pointers;  // set.experts points here, or to a device's copy
-  int device = -1;                       // -1: CPU; else the CUDA ordinal
+  std::vector<ExpertPointers> pointers;        // set.experts points here, or to a device's copy
+  int device = -1;                             // -1: CPU; else the CUDA ordinal
+  void (*release)(ExpertSetEntry&) = nullptr;  // gives back what the set holds on its device
+
+  ExpertSetEntry() = default;
+  ExpertSetEntry(const ExpertSetEntry&) = delete;
+  ~ExpertSetEntry() {
+    if (release != nullptr) release(*this);
+  }
 
   // What really ran, for whoever wants to be sure. The name is a string that lives for ever.
   std::atomic<const char*> last_isa{nullptr};

@@ -2,11 +2,13 @@
 // The torch operator, through LibTorch's stable ABI (one binary for torch 2.11 and later). The only
 // file that sees torch: it checks every tensor, fills a MoeArgs and calls.
 //
-//   expertyard::moe_experts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, int
-//   experts)
+//   expertyard::moe_experts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights,
+//                           int experts) -> Tensor
 //
 // Shapes, dtypes and errors: python/expertyard/ops.py, which also registers the fake kernel and
 // the backward that refuses.
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -20,6 +22,7 @@
 
 #include "cpu/experts.h"
 #include "cpu/threads.h"
+#include "cuda/cuda.h"
 #include "expert_sets.h"
 #include "registry.h"
 
@@ -130,6 +133,46 @@ Tensor moe_experts_cpu(const Tensor& hidden_states, const Tensor& topk_ids,
   return call.out;
 }
 
+// Torch's current stream. The function is in libtorch_cuda, which a CPU-only torch does not have;
+// it is loaded by now if any tensor is on a GPU.
+void* current_cuda_stream(int32_t device) {
+  using Function = int32_t (*)(int32_t device, void** stream);
+  static const auto function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<Function>(symbol);
+  }();
+  void* stream = nullptr;
+  EY_CHECK(function != nullptr && function(device, &stream) == 0,
+           "this torch does not say what its current CUDA stream is "
+           "(aoti_torch_get_current_cuda_stream); it needs a CUDA build of torch 2.11 or later");
+  return stream;
+}
+
+// Everything is queued on the current stream, and all memory is torch's, so the call can be part of
+// a CUDA graph.
+Tensor moe_experts_cuda(const Tensor& hidden_states, const Tensor& topk_ids,
+                        const Tensor& topk_weights, int64_t experts) {
+  Call call = check(hidden_states, topk_ids, topk_weights, experts);
+  const int32_t device = hidden_states.get_device_index();
+  EY_CHECK(call.entry->device >= 0,
+           "hidden_states: expected device cpu, where these experts are, got cuda:", device);
+  EY_CHECK(call.entry->device == device, "hidden_states: expected device cuda:", call.entry->device,
+           ", where these experts are, got cuda:", device);
+
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Tensor workspace = torch::stable::new_empty(
+      call.hidden_states, {ey::cuda::workspace_bytes(call.args)}, ScalarType::Byte);
+  const ey::Status done =
+      ey::cuda::moe_experts(call.args, workspace.mutable_data_ptr(), current_cuda_stream(device));
+  EY_CHECK(done.ok, done.what);
+  const char* isa =
+      ey::cuda::kernel_isa(call.entry->set, call.args.hidden_dtype, call.args.num_tokens);
+  call.entry->last_isa.store(isa, std::memory_order_relaxed);
+  call.entry->calls.fetch_add(1, std::memory_order_relaxed);
+  return call.out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(expertyard, m) {
@@ -140,4 +183,8 @@ STABLE_TORCH_LIBRARY(expertyard, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(expertyard, CPU, m) {
   m.impl("moe_experts", TORCH_BOX(&moe_experts_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(expertyard, CUDA, m) {
+  m.impl("moe_experts", TORCH_BOX(&moe_experts_cuda));
 }

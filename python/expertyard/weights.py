@@ -150,10 +150,16 @@ class PackedExperts:
         tensors = [t for group in (*self._matrices, *self._biases) for t in group if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def kernel_name(self, hidden_dtype: torch.dtype = torch.bfloat16) -> str:
-        """The kernel that serves hidden states of this dtype now. KernelError if none does."""
+    def kernel_name(self, hidden_dtype: torch.dtype = torch.bfloat16, num_tokens: int = 1) -> str:
+        """The kernel that serves hidden states of this dtype now. KernelError if none does.
+
+        num_tokens  the choice depends on it on a CUDA device only
+        """
+        dtype = str(hidden_dtype).removeprefix("torch.")
         try:
-            return str(_C.kernel_name(self.format, str(hidden_dtype).removeprefix("torch.")))
+            if self.device.type == "cuda":
+                return str(_C.cuda_kernel_name(self.handle, dtype, num_tokens))
+            return str(_C.kernel_name(self.format, dtype))
         except ValueError as error:
             raise KernelError(str(error)) from None
 
@@ -168,6 +174,18 @@ class PackedExperts:
         """How many calls our kernels have served with these experts."""
         return int(_C.experts_info(self.handle)["calls"])
 
+    def check(self) -> None:
+        """Raises KernelError if an earlier call met an id that names no expert.
+
+        On the CPU such a call raises by itself. A GPU is still working when the call returns, so
+        there the token's row becomes NaN, and the next call with these experts raises, or this.
+        To be sure of the answer, call torch.cuda.synchronize() first.
+        """
+        try:
+            _C.check_experts(self.handle)
+        except ValueError as error:
+            raise KernelError(str(error)) from None
+
     def _register(self) -> int:
         groups = (*self._matrices, *self._biases)
         gate = next(g for g in self._matrices[0] if g is not None)
@@ -175,8 +193,11 @@ class PackedExperts:
         pointers = [
             tuple(0 if t is None else t.data_ptr() for t in expert) for expert in zip(*groups)
         ]
-        return int(
-            _C.add_experts(
+        if self.device.type == "cuda":
+            # biases were converted on torch's stream; the kernels may run on another one
+            torch.cuda.current_stream(self.device).synchronize()
+        try:
+            handle = _C.add_experts(
                 format=self.format,
                 activation=self.activation,
                 alpha=self.alpha,
@@ -186,8 +207,11 @@ class PackedExperts:
                 gate_up_row_stride=gate.stride(0) * gate.element_size(),
                 down_row_stride=down.stride(0) * down.element_size(),
                 pointers=pointers,
+                device=self.device.index if self.device.type == "cuda" else -1,
             )
-        )
+        except ValueError as error:
+            raise KernelError(str(error)) from None
+        return int(handle)
 
     def __del__(self) -> None:
         if (handle := self.__dict__.pop("handle", None)) is not None:
@@ -262,8 +286,11 @@ def _matching_matrices(
                     f"{name}[{expert}]: {problem}, got {list(w.shape)} {w.dtype} on {w.device}, "
                     f"strides {list(w.stride())}"
                 )
-    if first.device.type != "cpu":
-        raise KernelError(f"gate: no kernel of this build computes on {first.device}")
+    if first.device.type == "cuda":
+        if problem := _C.cuda_problem(first.device.index):
+            raise KernelError(f"gate: {first.device}: {problem}")
+    elif first.device.type != "cpu":
+        raise KernelError(f"gate: expected a tensor on cpu or cuda, got one on {first.device}")
     detached = [[None if w is None else w.detach() for w in group] for group in (gate, up, down)]
     return detached[0], detached[1], detached[2]
 

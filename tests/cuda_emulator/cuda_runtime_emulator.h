@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA runtime functions that csrc/cuda calls, for a machine that the test describes.
+#pragma once
+
+#include <map>
+
+#include "simt.h"
+
+#define CUDART_VERSION 13000
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorNoDevice = 100,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorLaunchFailure = 719,
+};
+using cudaStream_t = void*;
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed = 2 };
+inline constexpr unsigned cudaHostAllocPortable = 1, cudaHostAllocMapped = 2;
+
+struct cudaDeviceProp {
+  char name[256];
+  int major, minor, multiProcessorCount;
+};
+struct cudaFuncAttributes {
+  int numRegs;
+};
+
+namespace emu {
+
+struct Machine {
+  int driver_version = 13000;             // 0: none
+  cudaError_t count_error = cudaSuccess;  // of cudaGetDeviceCount
+  int devices = 1;
+  int major = 9, minor = 0;
+  bool has_code = true;               // this build has code for that capability
+  int64_t allocations_left = -1;      // then cudaErrorMemoryAllocation; < 0: without end
+  std::map<void*, size_t> allocated;  // device and pinned
+  int device = 0;                     // the current one
+  int capture_mode = cudaStreamCaptureModeGlobal;
+  std::string failure;  // of the kernel that failed last
+};
+inline Machine machine;
+
+inline cudaError_t allocate(void** p, size_t bytes) {
+  if (machine.allocations_left == 0) return cudaErrorMemoryAllocation;
+  if (machine.allocations_left > 0) --machine.allocations_left;
+  *p = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  std::memset(*p, 0xff, bytes);
+  machine.allocated[*p] = bytes;
+  return cudaSuccess;
+}
+
+inline cudaError_t release(void* p) {
+  if (p == nullptr) return cudaSuccess;
+  if (machine.allocated.erase(p) == 0) return cudaErrorInvalidValue;
+  std::free(p);
+  return cudaSuccess;
+}
+
+}  // namespace emu
+
+inline const char* cudaGetErrorString(cudaError_t e) {
+  switch (e) {
+    case cudaErrorInsufficientDriver:
+      return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorNoDevice:
+      return "no CUDA-capable device is detected";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    default:
+      return "an error of the emulated runtime";
+  }
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* v) {
+  *v = emu::machine.driver_version;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceCount(int* n) {
+  *n = emu::machine.count_error == cudaSuccess ? emu::machine.devices : 0;
+  return emu::machine.count_error;
+}
+inline cudaError_t cudaGetDevice(int* d) {
+  *d = emu::machine.device;
+  return emu::machine.count_error;
+}
+inline cudaError_t cudaSetDevice(int d) {
+  if (emu::machine.count_error != cudaSuccess) return emu::machine.count_error;
+  if (d < 0 || d >= emu::machine.devices) return cudaErrorInvalidDevice;
+  emu::machine.device = d;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
+  *p = {"Emulated GPU", emu::machine.major, emu::machine.minor, 4};
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
+  *free_bytes = size_t(3) << 30;
+  *total_bytes = size_t(4) << 30;
+  return cudaSuccess;
+}
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  const int before = emu::machine.capture_mode;
+  emu::machine.capture_mode = *mode;
+  *mode = cudaStreamCaptureMode(before);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMalloc(void** p, size_t bytes) { return emu::allocate(p, bytes); }
+inline cudaError_t cudaFree(void* p) { return emu::release(p); }
+inline cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) {
+  return emu::allocate(p, bytes);
+}
+inline cudaError_t cudaFreeHost(void* p) { return emu::release(p); }
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void*) {
+  *a = {};
+  return emu::machine.has_code ? cudaSuccess : cudaErrorNoKernelImageForDevice;
+}
+
+namespace ey::cuda::ptx {
+
+// A real launch returns before the kernel runs; here it has run, and its failure is the launch's.
+template <class... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t, std::common_type_t<Parameters>... arguments) {
+  const unsigned threads = block.x * block.y * block.z;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+      grid.z > 65535 || threads == 0 || threads > 1024 || shared_bytes > 227 * 1024) {
+    return cudaErrorInvalidConfiguration;
+  }
+  if (!emu::machine.has_code) return cudaErrorNoKernelImageForDevice;
+  try {
+    emu::Grid(grid, block, shared_bytes, [=] { kernel(arguments...); }).run();
+  } catch (const emu::Failure& failure) {
+    emu::machine.failure = failure.what();
+    return cudaErrorLaunchFailure;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace ey::cuda::ptx
