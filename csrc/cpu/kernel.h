@@ -111,9 +111,9 @@ struct Kernel {
 
 // Kernels are found through a linker section: no constructor runs, so no instruction of a room's
 // instruction set is executed before the CPU has been asked.
-#define EY_REGISTER_KERNEL(kernel)                                   \
-  extern const ::ey::cpu::Kernel* const ey_registered_##kernel;      \
-  __attribute__((section("ey_kernels"), used, visibility("hidden"))) \
+#define EY_REGISTER_KERNEL(kernel)                              \
+  extern const ::ey::cpu::Kernel* const ey_registered_##kernel; \
+  __attribute__((section("ey_kernels"), used))                  \
   const ::ey::cpu::Kernel* const ey_registered_##kernel = &kernel
 
 }  // namespace ey::cpu
