@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel of the table against float64, on every edge shape. A new kernel needs no new test."""
+
+import pytest
+import torch
+
+from expertyard.native import _C
+from expertyard.ops import moe_experts
+from expertyard.testing import Kernel, calc_diff, kernels, poison_scratch, random_problem
+
+SHAPES = {  # hidden_size, intermediate_size, num_experts
+    "round": (128, 64, 8),
+    "odd": (131, 67, 8),
+    "narrow": (8, 5, 8),
+    "no-multiple-of-64": (200, 96, 8),
+    "long-rows": (2080, 40, 8),
+    "long-h": (72, 2100, 8),
+}
+KERNELS = [
+    pytest.param(
+        k,
+        id=k.name,
+        marks=[] if k.runnable else pytest.mark.skip(f"CPU lacks {' '.join(k.missing)}"),
+    )
+    for k in kernels()
+]
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest):
+    chosen: Kernel = request.param
+    _C.force_isa(chosen.isa)
+    poison_scratch()
+    yield chosen
+    _C.force_isa(None)
+
+
+def check(kernel: Kernel, hidden_dtype: torch.dtype | None = None, **problem) -> None:
+    for dtype in kernel.hidden_dtypes() if hidden_dtype is None else (hidden_dtype,):
+        p = random_problem(format=kernel.format, hidden_dtype=dtype, **problem)
+        packed = p.pack()
+        out = moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, packed)
+        assert packed.last_kernel == kernel.name  # what we mean to test is what ran
+        assert out.dtype == dtype and out.is_contiguous()
+        assert calc_diff(out, p.reference()) <= kernel.tolerance(dtype)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_matches_float64(kernel: Kernel, shape: str, num_tokens: int) -> None:
+    hidden_size, intermediate_size, num_experts = SHAPES[shape]
+    check(
+        kernel,
+        num_tokens=num_tokens,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_experts=num_experts,
+        top_k=2,
+        seed=num_tokens,
+    )
+
+
+@pytest.mark.parametrize("top_k", range(1, 9))
+def test_any_top_k(kernel: Kernel, top_k: int) -> None:
+    check(
+        kernel,
+        num_tokens=9,
+        hidden_size=96,
+        intermediate_size=48,
+        num_experts=8,
+        top_k=top_k,
+        seed=top_k,
+    )
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["concatenated", "interleaved"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "swigluoai"])
+def test_activation_bias_and_layout(
+    kernel: Kernel, activation: str, interleaved: bool, bias: bool
+) -> None:
+    for num_tokens in (3, 40):
+        check(
+            kernel,
+            num_tokens=num_tokens,
+            hidden_size=90,
+            intermediate_size=50,
+            num_experts=4,
+            top_k=2,
+            activation=activation,
+            interleaved=interleaved,
+            bias=bias,
+        )
+
+
+@pytest.mark.parametrize("num_tokens", [13, 16, 17, 192, 193, 400])
+def test_experts_hit_by_everyone_and_by_nobody(kernel: Kernel, num_tokens: int) -> None:
+    """Every tile size, more tokens than one tile, experts without a token."""
+    check(
+        kernel,
+        kernel.hidden_dtypes()[0],
+        num_tokens=num_tokens,
+        hidden_size=70,
+        intermediate_size=36,
+        num_experts=5,
+        top_k=2,
+        routing="same",
+    )
+
+
+def test_more_tokens_than_one_pass(kernel: Kernel) -> None:
+    """h is bounded (128 MiB): a long prompt is computed in passes, here of 512 or 1024 tokens."""
+    check(
+        kernel,
+        kernel.hidden_dtypes()[0],
+        num_tokens=1100,
+        hidden_size=8,
+        intermediate_size=8192,
+        num_experts=8,
+        top_k=8,
+    )
+
+
+def test_no_tokens(kernel: Kernel) -> None:
+    check(kernel, num_tokens=0, hidden_size=64, intermediate_size=32, num_experts=4, top_k=2)
+
+
+def test_large_activations_saturate_like_the_reference(kernel: Kernel) -> None:
+    """silu and its kin at +-1e4: exp must neither overflow nor turn into NaN."""
+    for activation in ("silu", "gelu_tanh", "swigluoai"):
+        p = random_problem(
+            num_tokens=6,
+            hidden_size=64,
+            intermediate_size=32,
+            num_experts=4,
+            top_k=2,
+            format=kernel.format,
+            hidden_dtype=kernel.hidden_dtypes()[0],
+            activation=activation,
+        )
+        x = p.hidden_states * 1e4
+        out = moe_experts(x, p.topk_ids, p.topk_weights, p.pack())
+        expected = type(p)(**{**vars(p), "hidden_states": x}).reference()
+        assert calc_diff(out, expected) <= 2 * kernel.tolerance(x.dtype)
+
+
+def test_nan_reaches_the_output_of_its_token_only(kernel: Kernel) -> None:
+    p = random_problem(
+        num_tokens=20,
+        hidden_size=80,
+        intermediate_size=40,
+        num_experts=4,
+        top_k=2,
+        format=kernel.format,
+        hidden_dtype=kernel.hidden_dtypes()[0],
+    )
+    p.hidden_states[7, 3] = float("nan")
+    out = moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, p.pack())
+    bad = torch.isnan(out).any(dim=1)
+    assert bad.nonzero().flatten().tolist() == [7]
+
+
+def test_the_same_bits_for_any_number_of_threads(kernel: Kernel) -> None:
+    p = random_problem(
+        num_tokens=33,
+        hidden_size=160,
+        intermediate_size=72,
+        num_experts=6,
+        top_k=3,
+        format=kernel.format,
+        hidden_dtype=kernel.hidden_dtypes()[0],
+    )
+    packed = p.pack()
+    threads = torch.get_num_threads()
+    outs = []
+    try:
+        for n in (1, 2, threads):
+            torch.set_num_threads(n)
+            outs.append(moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, packed))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(outs[0], out) for out in outs)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The thread pool as its users meet it: forks, several callers, limits, and silence when idle."""
+
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from expertyard import moe_experts
+from expertyard.native import _C
+from expertyard.testing import random_problem
+
+PROBLEM = {
+    "num_tokens": 24,
+    "hidden_size": 192,
+    "intermediate_size": 96,
+    "num_experts": 8,
+    "top_k": 2,
+}
+
+
+def in_a_new_process(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_several_python_threads_at_once() -> None:
+    problems = [random_problem(**PROBLEM, seed=s) for s in range(4)]
+    expected = [moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, p.pack()) for p in problems]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        p = problems[i]
+        packed = p.pack()
+        for _ in range(50):
+            out = moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, packed)
+            if not torch.equal(out, expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(timeout=60)
+    assert not any(t.is_alive() for t in threads)
+    assert wrong == []
+
+
+def test_a_fork_after_use_computes_too() -> None:
+    out = in_a_new_process(
+        """
+import os, torch
+from expertyard import moe_experts
+from expertyard.testing import random_problem
+p = random_problem(num_tokens=24, hidden_size=192, intermediate_size=96, num_experts=8, top_k=2)
+packed = p.pack()
+run = lambda: moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, packed)
+expected = run()
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(run(), expected) else 1)
+_, status = os.waitpid(child, 0)
+print(status, torch.equal(run(), expected))
+"""
+    )
+    assert out == "0 True"
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_set_num_threads_is_honoured() -> None:
+    """One thread asked for: no worker is ever made."""
+    code = """
+import os, torch
+torch.set_num_threads({n})
+from expertyard import moe_experts
+from expertyard.testing import random_problem
+p = random_problem(num_tokens=1, hidden_size=64, intermediate_size=32, num_experts=4, top_k=2)
+packed = p.pack()
+before = len(os.listdir("/proc/self/task"))
+moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, packed)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    assert in_a_new_process(code.format(n=1)) == "0"
+    assert in_a_new_process(code.format(n=2)) == "1"
+
+
+def test_affinity_limits_threads() -> None:
+    code = """
+import os, torch
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+torch.set_num_threads(16)
+from expertyard import moe_experts
+from expertyard.native import _C
+from expertyard.testing import random_problem
+p = random_problem(num_tokens=1, hidden_size=64, intermediate_size=32, num_experts=4, top_k=2)
+packed = p.pack()
+before = len(os.listdir("/proc/self/task"))
+moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, packed)
+print(_C.thread_limits()["usable"], len(os.listdir("/proc/self/task")) - before)
+"""
+    assert in_a_new_process(code) == "1 0"
+
+
+def test_idle_workers_use_no_cpu() -> None:
+    p = random_problem(**PROBLEM)
+    packed = p.pack()
+    for _ in range(20):
+        moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, packed)
+    time.sleep(0.05)  # the bounded spin is over
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    time.sleep(1.0)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert used < 0.1  # a spinning worker would have used a second
+
+
+def test_a_forced_instruction_set_is_used_or_refused() -> None:
+    code = """
+import torch
+from expertyard import moe_experts
+from expertyard.testing import random_problem
+p = random_problem(num_tokens=1, hidden_size=64, intermediate_size=32, num_experts=4, top_k=2)
+packed = p.pack()
+try:
+    moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, packed)
+    print(packed.last_kernel)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    assert in_a_new_process(code, EXPERTYARD_ISA="scalar") == "bf16_scalar"
+    refused = in_a_new_process(code, EXPERTYARD_ISA="avx1024")
+    assert refused.startswith("KernelError EXPERTYARD_ISA: no instruction set is called 'avx1024'")
+    for isa in {k["isa"] for k in _C.kernels()}:
+        assert isa in refused
+
+
+def test_forcing_by_call_is_refused_for_unknown_names() -> None:
+    with pytest.raises(ValueError, match="there are: "):
+        _C.force_isa("mmx")
+    assert _C.forced_isa() is None
