@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel of the table against float64, on every edge shape. A new kernel needs no new test."""
+"""Every kernel of the table against float64, on every edge shape. A new kernel: no new test."""
 
 import pytest
 import torch

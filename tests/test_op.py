@@ -42,9 +42,7 @@ def test_an_id_of_minus_one_or_num_experts_adds_nothing(none: int) -> None:
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_id_and_weight_dtypes(ids_dtype: torch.dtype, weights_dtype: torch.dtype) -> None:
     p = problem()
-    p = replace(
-        p, topk_ids=p.topk_ids.to(ids_dtype), topk_weights=p.topk_weights.to(weights_dtype)
-    )
+    p = replace(p, topk_ids=p.topk_ids.to(ids_dtype), topk_weights=p.topk_weights.to(weights_dtype))
     assert calc_diff(run(p), p.reference()) < TOLERANCE
 
 
@@ -103,9 +101,7 @@ def test_a_split_layer_sums_to_the_whole() -> None:
     parts = []
     for half in (0, 1):
         pick = lambda t, half=half: [t[e] if e % 2 == half else None for e in range(6)]  # noqa: E731
-        parts.append(
-            run(p, PackedExperts.from_experts(pick(gate), pick(up), pick(p.down)))
-        )
+        parts.append(run(p, PackedExperts.from_experts(pick(gate), pick(up), pick(p.down))))
     assert calc_diff(parts[0] + parts[1], p.reference()) < 2e-6
 
 

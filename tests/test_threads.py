@@ -38,7 +38,9 @@ def in_a_new_process(code: str, **environment: str) -> str:
 
 def test_several_python_threads_at_once() -> None:
     problems = [random_problem(**PROBLEM, seed=s) for s in range(4)]
-    expected = [moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, p.pack()) for p in problems]
+    expected = [
+        moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, p.pack()) for p in problems
+    ]
     wrong: list[int] = []
 
     def work(i: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads the native module once, in the right order: torch first, because `_C` binds to its libraries.
+"""Loads the native module, in the right order: torch first, as `_C` binds to its libraries.
 
 Importing this registers the operators of torch.ops.expertyard.
 """

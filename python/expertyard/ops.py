@@ -16,7 +16,7 @@ _MARK = "expertyard: "  # how ops.cpp begins its messages
 def moe_experts(
     hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: PackedExperts
 ) -> Tensor:
-    """Sum of each token's chosen experts: sum_k topk_weights[t, k] * FFN[topk_ids[t, k]](hidden_states[t]).
+    """Sums each token's chosen experts: topk_weights[t, k] * FFN[topk_ids[t, k]](hidden_states[t]).
 
     hidden_states  [num_tokens, hidden_size] bfloat16, float16 or float32
     topk_ids       [num_tokens, top_k] int32 or int64; -1 or num_experts means "none"

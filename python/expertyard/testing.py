@@ -163,8 +163,8 @@ def calc_diff(got: Tensor, expected: Tensor) -> float:
     got, expected = got.double(), expected.double()
     if not torch.isfinite(got).all():
         return float("inf")
-    norm = expected.norm().item()
-    error = (got - expected).norm().item()
+    norm = float(expected.norm())
+    error = float((got - expected).norm())
     return error / norm if norm > 0 else error
 
 

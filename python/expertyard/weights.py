@@ -150,8 +150,8 @@ class PackedExperts:
         tensors = [t for group in (*self._matrices, *self._biases) for t in group if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def kernel_name(self, hidden_dtype: torch.dtype = torch.bfloat16, num_tokens: int = 1) -> str:
-        """The kernel that serves hidden states of this dtype now. KernelError if none does.
+    def kernel_name(self, num_tokens: int = 1, hidden_dtype: torch.dtype = torch.bfloat16) -> str:
+        """The kernel that would serve such a call now. KernelError if none does.
 
         num_tokens  the choice depends on it on a CUDA device only
         """
@@ -191,7 +191,8 @@ class PackedExperts:
         gate = next(g for g in self._matrices[0] if g is not None)
         down = next(d for d in self._matrices[2] if d is not None)
         pointers = [
-            tuple(0 if t is None else t.data_ptr() for t in expert) for expert in zip(*groups)
+            tuple(0 if t is None else t.data_ptr() for t in expert)
+            for expert in zip(*groups, strict=True)
         ]
         if self.device.type == "cuda":
             # biases were converted on torch's stream; the kernels may run on another one
@@ -264,7 +265,7 @@ def _matching_matrices(
         ("down", down, (hidden_size, intermediate_size)),
     ):
         stride: int | None = None
-        for expert, (here, w) in enumerate(zip(gate, matrices)):
+        for expert, (here, w) in enumerate(zip(gate, matrices, strict=True)):
             if (here is None) != (w is None):
                 raise KernelError(f"{name}[{expert}]: gate, up and down are not all here or absent")
             if w is None:
