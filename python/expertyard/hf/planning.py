@@ -44,7 +44,7 @@ def make_promises(
     folder = isinstance(spec_from, Path)
     spec = ModelSpec.from_folder(spec_from) if folder else ModelSpec.from_config(dict(spec_from))
     memory = machine_memory()
-    plan = make_plan(spec, config.with_format(format_of(dtype)), memory)
+    plan = make_plan(spec, config.for_dtype(format_of(dtype)), memory).check()
     numbers = {name: layer_number(name) for name in layouts}
     placements = place_experts(plan, numbers)
     check_devices(plan, memory.keys())
