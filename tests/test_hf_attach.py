@@ -8,11 +8,11 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
-from hf_families import load, logits, prompts, save, tiny_model
 
 import expertyard as ey
 from expertyard.errors import ConfigError, KernelError
 from expertyard.hf import attachment
+from hf_families import load, logits, prompts, save, tiny_model
 
 
 def snapshot(model):
@@ -162,5 +162,5 @@ def test_a_dense_model_is_refused_with_a_sentence():
 def test_backward_is_a_sentence():
     model = ey.attach(tiny_model("mixtral"))
     loss = model(**prompts()).logits.sum()
-    with pytest.raises(Exception, match="has no (backward|gradient)"):
+    with pytest.raises(Exception, match=r"has no (backward|gradient)"):
         loss.backward()

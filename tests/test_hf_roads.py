@@ -6,9 +6,9 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
-from hf_families import FAMILIES, greedy, load, logits, prompts, save, tiny_model
 
 import expertyard as ey
+from hf_families import FAMILIES, greedy, load, logits, prompts, save, tiny_model
 
 ROADS = ["load", "implementation", "attach"]
 

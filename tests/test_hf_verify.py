@@ -8,10 +8,10 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
-from hf_families import load, logits, prompts, save, tiny_model
 
 import expertyard as ey
 from expertyard.errors import VerifyError
+from hf_families import load, logits, prompts, save, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_changed_implementation_is_caught(folder):
     model = load(folder, experts_implementation="expertyard")
     ey.verify(model)
     model.set_experts_implementation("grouped_mm")
-    with pytest.raises(VerifyError, match='2 of 2 .*\n.*it runs transformers\' "grouped_mm"'):
+    with pytest.raises(VerifyError, match=r'2 of 2 .*\n.*it runs transformers\' "grouped_mm"'):
         ey.verify(model)
 
 
@@ -69,7 +69,7 @@ def test_an_uncovered_forward_is_caught(folder):
     model = ey.attach(load(folder, experts_implementation="eager"))
     ey.verify(model)
     del model.model.layers[0].mlp.experts.__dict__["forward"]
-    with pytest.raises(VerifyError, match="1 of 2 .*\n.*layers.0.*its forward was replaced"):
+    with pytest.raises(VerifyError, match=r"1 of 2 .*\n.*layers.0.*its forward was replaced"):
         ey.verify(model)
 
 
