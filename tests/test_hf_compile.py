@@ -54,7 +54,7 @@ def test_compiling_with_gradients_enabled_works_and_backward_is_a_sentence(folde
     model = on_road(road, folder, torch.float32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     loss = compiled(**prompts()).logits.sum()
-    with pytest.raises((KernelError, RuntimeError), match="has no (backward|gradient)"):
+    with pytest.raises((KernelError, RuntimeError), match="has no gradient"):
         loss.backward()
 
 
