@@ -150,6 +150,8 @@ def _run_one_token(
     except Exception as error:
         return f"it cannot run: {error}"
     again = _packed(module)
+    if again is not None and again.device.type == "cuda":
+        torch.cuda.synchronize(again.device)  # the count is taken when the kernel has run
     calls = 0 if again is None else again.calls - (before if again is packed else 0)
     if again is None or calls != 1 or again.last_kernel is None:
         return f"expected one call of a kernel of ours, counted {calls}"
