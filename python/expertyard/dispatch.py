@@ -24,18 +24,33 @@ class Placement:
     format: str
 
 
-def place_experts(plan: Plan, layers: Mapping[str, int]) -> dict[str, Placement]:
+def place_experts(
+    plan: Plan, layers: Mapping[str, int], formats: Collection[str]
+) -> dict[str, Placement]:
     """The placement of each experts module.
 
-    layers  experts module -> its layer's number in the plan
+    layers   experts module -> its layer's number in the plan
+    formats  those that experts can be packed in
     Raises PlanError if the plan does not know a layer's experts, or asks for what is not supported.
     """
     planned = {layer.layer: layer for layer in plan.layers}
-    return {name: _placement(name, planned.get(number)) for name, number in layers.items()}
+    placements = {name: _placement(name, planned.get(number)) for name, number in layers.items()}
+    for name, placement in placements.items():
+        if placement.format not in formats:
+            raise PlanError(
+                f"Layer {layers[name]}: the plan wants its experts in format {placement.format!r}. "
+                f"There is no kernel for it yet; choose one of {', '.join(formats)}."
+            )
+    return placements
 
 
-def check_devices(plan: Plan, available: Collection[str]) -> None:
-    """DeviceError if the plan names a device that is not in `available`."""
+def check_devices(
+    plan: Plan, available: Collection[str], unusable: Mapping[str, str] | None = None
+) -> None:
+    """DeviceError if the plan names a device that is not in `available`.
+
+    unusable  devices that are there but that no kernel can use, each with the reason
+    """
     wanted: dict[str, str] = {}
     for layer in plan.layers:
         wanted.setdefault(layer.device, f"layer {layer.layer}")
@@ -43,10 +58,12 @@ def check_devices(plan: Plan, available: Collection[str]) -> None:
             wanted.setdefault(group.device, f"the experts of layer {layer.layer}")
     for device, what in wanted.items():
         if device not in available:
+            reason = (unusable or {}).get(device)
+            why = f"cannot be used ({reason})" if reason else "is not on this machine"
             raise DeviceError(
-                f"The plan puts {what} on {device}, which this machine does not have; it has "
+                f"The plan puts {what} on {device}, which {why}. Here there is "
                 f"{', '.join(sorted(available))}. Change rules, layers or memory so that they name "
-                "these only, or leave them out: Expertyard then places the model on what is there."
+                "this only, or leave them out: Expertyard then places the model on what is there."
             )
 
 

@@ -55,11 +55,33 @@ def _fake(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts
     return hidden_states.new_empty(hidden_states.shape)
 
 
-def _no_backward(ctx: Any, grad: Tensor) -> Any:
+# A compiler traces the backward pass together with the forward pass, run or not. So the
+# complaint is an op of its own, which is traced like any other and raises when it runs.
+@torch.library.custom_op("expertyard::no_backward", mutates_args=())
+def _no_backward(grad: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor]:
     raise KernelError(
         "expertyard::moe_experts has no gradient: its experts are for inference. To train, use "
         "another experts implementation, e.g. model.set_experts_implementation('grouped_mm')"
     )
 
 
-torch.library.register_autograd("expertyard::moe_experts", _no_backward)
+@_no_backward.register_fake
+def _no_backward_fake(grad: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(grad), torch.empty_like(topk_weights)
+
+
+def _remember_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[2])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    hidden_states, topk_weights = _no_backward(grad, *ctx.saved_tensors)
+    return hidden_states, None, topk_weights, None
+
+
+def refuse_backward(op: Any) -> None:
+    """Gives an op with moe_experts' arguments a backward that raises KernelError when it runs."""
+    torch.library.register_autograd(op, _backward, setup_context=_remember_weights)
+
+
+refuse_backward("expertyard::moe_experts")

@@ -14,11 +14,11 @@ except ImportError as error:  # pragma: no cover
     ) from error
 
 from ..registration import register
-from .attach import attach, detach
+from .attachment import attach, detach
 from .config import ExpertsConfig
 from .module import ExpertyardExperts
 from .quantizer import ExpertyardHfQuantizer
-from .verify import LayerReport, VerifyReport, verify
+from .verification import LayerReport, VerifyReport, verify
 
 __all__ = [
     "ExpertsConfig",

@@ -2,14 +2,12 @@
 """ExpertsConfig: what a user asks of Expertyard, in the form that from_pretrained takes."""
 
 import dataclasses
-import difflib
 import inspect
 import json
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import ConfigError
 from ..plan import Request
 
 __all__ = ["QUANT_METHOD", "ExpertsConfig"]
@@ -32,21 +30,14 @@ class ExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(self, **request: Any) -> None:
         request.pop("quant_method", None)  # in a dictionary that to_dict() has made
-        known = [field.name for field in dataclasses.fields(Request)]
-        for key in request:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(known)}."
-                raise ConfigError(f"ExpertsConfig has no keyword {key!r}. {hint}")
         self.quant_method = QUANT_METHOD
         self.given = request
-        self.request = Request(**request)
+        self.request: Request = Request.from_dict(request)
 
-    def with_format(self, format: str) -> Request:
-        """The request, with `format` where the user has not named one."""
-        if "format" in self.given:
-            return self.request
-        return dataclasses.replace(self.request, format=format)
+    def for_dtype(self, format: str) -> Request:
+        """The request, with the model's own `format` where the user has not named one."""
+        kept = {"format": format, "dense_format": format, **self.given}
+        return dataclasses.replace(self.request, **kept)
 
     def to_dict(self) -> dict[str, Any]:
         """quant_method and the keywords that were given."""

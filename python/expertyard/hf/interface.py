@@ -6,12 +6,10 @@ the parameters they point to may move after compilation; it holds the module's k
 of its own that looks at the parameters again at every run.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ..errors import KernelError
+from ..ops import refuse_backward
 from .binding import Binding, bind, binding_of, bound_module
 from .module import run
 
@@ -56,29 +54,4 @@ def _(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, module_key:
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
 
 
-# A compiler traces the backward pass together with the forward pass, even if it is never run. So
-# the complaint is an op of its own: it is traced like any other and raises when it runs.
-@torch.library.custom_op("expertyard::no_backward", mutates_args=())
-def _no_backward(gradient: Tensor) -> Tensor:
-    raise KernelError(
-        "expertyard::moe_experts has no backward: its kernels are for inference. Train with "
-        'experts_implementation="grouped_mm", or call expertyard.detach(model) first.'
-    )
-
-
-@_no_backward.register_fake
-def _(gradient: Tensor) -> Tensor:
-    return torch.empty_like(gradient)
-
-
-def _remember_shapes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.top_k_weights_like = inputs[2].shape, inputs[2].dtype
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    gradient = _no_backward(gradient)
-    shape, dtype = ctx.top_k_weights_like
-    return gradient, None, gradient.new_zeros(shape, dtype=dtype), None
-
-
-_moe_experts_of.register_autograd(_backward, setup_context=_remember_shapes)
+refuse_backward(_moe_experts_of)

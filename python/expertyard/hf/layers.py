@@ -130,9 +130,9 @@ def _probe(module: nn.Module, who: str, interleaved: bool) -> tuple[str, float, 
     with torch.no_grad(), torch.device("cpu"):
         generator = torch.Generator().manual_seed(0)
         # from everyday values to far beyond any clamp; 0.1 to 1000, both signs
-        size = 10 ** torch.empty(256, 32).uniform_(-1, 3, generator=generator)
-        gate = size * torch.randn(256, 32, generator=generator, dtype=torch.float32)
-        up = size.roll(7) * torch.randn(256, 32, generator=generator, dtype=torch.float32)
+        size = 10 ** torch.empty(256, 32, dtype=torch.float64).uniform_(-1, 3, generator=generator)
+        gate = size * torch.randn(256, 32, generator=generator, dtype=torch.float64)
+        up = size.roll(7) * torch.randn(256, 32, generator=generator, dtype=torch.float64)
         pair = [gate, up]
         joined = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
         try:
@@ -144,7 +144,7 @@ def _probe(module: nn.Module, who: str, interleaved: bool) -> tuple[str, float, 
             ) from error
         for activation, alpha, limit in _candidates(module):
             expected = apply_activation(gate, up, activation, alpha, limit)
-            if got.shape == expected.shape and torch.allclose(got, expected, 1e-5, 1e-5):
+            if got.shape == expected.shape and torch.allclose(got.double(), expected, 1e-5, 1e-5):
                 return activation, alpha, limit
     raise KernelError(
         f"{who}: on random numbers its gate computes none of {_SUPPORTED}. No kernel of ours "

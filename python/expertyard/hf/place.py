@@ -2,9 +2,9 @@
 """Moves the dense part of a loaded model to the devices of its plan (road A).
 
 transformers has loaded it into RAM. One device: `.to()`, no hooks, nothing that a compiler minds.
-Several: every decoder layer goes to its own device, everything else to the first layer's, and a
-forward hook brings each one's inputs to where it is. accelerate's hooks are of no use here: to them
-"cpu" means storage, and they would compute everything on a GPU.
+Several: every decoder layer and every module that the plan names goes to its own device, the rest
+to the first layer's, and a forward hook brings each one's inputs to where it is. accelerate's hooks
+are of no use here: to them "cpu" means storage, and they would compute everything on a GPU.
 """
 
 from typing import Any
@@ -22,12 +22,13 @@ def place_dense(model: nn.Module, plan: Plan, promises: tuple[Promised, ...]) ->
     """Moves parameters and buffers; packed experts are none and stay."""
     devices = {layer.layer: layer.device for layer in plan.layers}
     first = devices[min(devices)]
-    if set(devices.values()) == {"cpu"}:
-        return
-    if len(set(devices.values())) == 1:
-        model.to(first)
-        return
     model.to(first)
+    if {*devices.values(), *plan.modules.values()} == {first}:
+        return
+    here = dict(model.named_modules())
+    for name, device in plan.modules.items():
+        if name in here:
+            here[name].to(device)
     stacks = sorted({promised.name.partition(f".{promised.layer}.")[0] for promised in promises})
     for stack in stacks:
         for number, layer in enumerate(model.get_submodule(stack).children()):

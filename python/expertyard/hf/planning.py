@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..devices import machine_memory, unusable_devices
 from ..dispatch import check_devices, place_experts
 from ..loading import DTYPES, ExpertsLayout
 from ..plan import Plan, make_plan
@@ -15,19 +16,12 @@ from .config import ExpertsConfig
 from .layers import layer_number
 from .state import Promised
 
-__all__ = ["format_of", "machine_memory", "make_promises"]
+__all__ = ["format_of", "make_promises"]
 
 
 def format_of(dtype: torch.dtype) -> str:
     """The format that keeps a model's dtype; bf16 for a dtype that no expert can have."""
     return next((name for name, known in DTYPES.items() if known == dtype), "bf16")
-
-
-def machine_memory() -> dict[str, int]:
-    """Bytes that may be used on each device of this machine."""
-    from .. import devices
-
-    return devices.memory()
 
 
 def make_promises(
@@ -43,11 +37,15 @@ def make_promises(
     """
     folder = isinstance(spec_from, Path)
     spec = ModelSpec.from_folder(spec_from) if folder else ModelSpec.from_config(dict(spec_from))
-    memory = machine_memory()
-    plan = make_plan(spec, config.with_format(format_of(dtype)), memory)
+    request, memory = config.for_dtype(format_of(dtype)), machine_memory()
+    # First as if every device that the request names were here, so that a missing one is told apart
+    # from one that is too small.
+    plan = make_plan(spec, request, None).check()
+    check_devices(plan, memory.keys(), unusable_devices())
+    if request.memory is None:
+        plan = make_plan(spec, request, memory).check()
     numbers = {name: layer_number(name) for name in layouts}
-    placements = place_experts(plan, numbers)
-    check_devices(plan, memory.keys())
+    placements = place_experts(plan, numbers, DTYPES)
     promises = tuple(
         Promised(name, numbers[name], layout, placements[name].device, placements[name].format)
         for name, layout in layouts.items()

@@ -79,7 +79,7 @@ def _source(
     if not keys:
         raise LoadError(
             f"No tensor of the checkpoint becomes {target!r}: the experts of this layer are "
-            "missing. Download the checkpoint's missing files, or check that config.json is its own."
+            "missing. Download the missing files, or check that config.json belongs to them."
         )
     if set(keys) == {None}:
         return Whole(_only(target, keys[None]))
@@ -119,7 +119,7 @@ def _per_expert(
         like = re.sub(r"(.*\.)\d+(\.)", rf"\g<1>{missing[0]}\g<2>", keys[0])
         raise LoadError(
             f"{like!r} is missing: the checkpoint has {len(by_number)} of {num_experts} experts "
-            f"for {target!r}. Its other experts are in {checkpoint.where(keys[0]).split(':')[0]}."
+            f"for {target!r}, the first of them in {checkpoint.file(keys[0])}."
         )
     if len(by_number) > num_experts or len(keys) > num_experts:
         raise LoadError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoadError
+from ..reference import split_gate_up
 from ..weights import PackedExperts
 from .checkpoint import Checkpoint
 from .layer import DTYPES, ExpertsLayout, LayerSource, PerExpert, Rows, Source, Whole
@@ -41,8 +42,8 @@ def _expect(checkpoint: Checkpoint, key: str, shape: tuple[int, ...]) -> None:
     got = checkpoint.shape(key)
     if got != shape:
         raise LoadError(
-            f"{checkpoint.where(key)}: expected shape {list(shape)}, got {list(got)}. The file does "
-            "not belong to this config.json."
+            f"{checkpoint.where(key)}: expected shape {list(shape)}, got {list(got)}. The file "
+            "does not belong to this config.json."
         )
 
 
@@ -64,32 +65,36 @@ def assemble(
     if layout.has_bias:
         gate_up_bias = _stack(checkpoint, source, "gate_up_proj_bias", target)
         down_bias = _stack(checkpoint, source, "down_proj_bias", target)
-    options = {
-        "activation": layout.activation,
-        "alpha": layout.alpha,
-        "limit": layout.limit,
-        "gate_up_bias": gate_up_bias,
-        "down_bias": down_bias,
-    }
+    act = {"activation": layout.activation, "alpha": layout.alpha, "limit": layout.limit}
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
-        return PackedExperts.from_tensors(gate_up, down, interleaved=layout.interleaved, **options)
-    gates, ups = _gates_and_ups(gate_up, layout)
-    downs = down.unbind(0) if isinstance(down, Tensor) else down[0]
-    if layout.interleaved and gate_up_bias is not None:
-        # from here on gate and up are apart, and so must their biases be
-        options["gate_up_bias"] = torch.cat([gate_up_bias[:, 0::2], gate_up_bias[:, 1::2]], dim=1)
-    return PackedExperts.from_experts(gates, ups, list(downs), **options)
+        return PackedExperts.from_tensors(
+            gate_up,
+            down,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            interleaved=layout.interleaved,
+            **act,
+        )
+    gate, up = _gate_and_up(gate_up, layout)
+    biases = {}
+    if gate_up_bias is not None and down_bias is not None:
+        gate_bias, up_bias = split_gate_up(gate_up_bias, layout.interleaved)
+        biases = {
+            "gate_bias": list(gate_bias),
+            "up_bias": list(up_bias),
+            "down_bias": list(down_bias),
+        }
+    down = list(down) if isinstance(down, Tensor) else down[0]
+    return PackedExperts.from_experts(gate, up, down, **biases, **act)
 
 
-def _gates_and_ups(
+def _gate_and_up(
     gate_up: Tensor | list[list[Tensor]], layout: ExpertsLayout
 ) -> tuple[list[Tensor], list[Tensor]]:
     if not isinstance(gate_up, Tensor):
         return gate_up[0], gate_up[1]
-    if layout.interleaved:
-        return list(gate_up[:, 0::2].unbind(0)), list(gate_up[:, 1::2].unbind(0))
-    gate, up = gate_up.chunk(2, dim=1)
-    return list(gate.unbind(0)), list(up.unbind(0))
+    gate, up = split_gate_up(gate_up, layout.interleaved)
+    return list(gate), list(up)
 
 
 def _matrix(

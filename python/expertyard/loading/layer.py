@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one layer's experts look like, and where in a checkpoint they lie. Words only, no tensors."""
+"""What one layer's experts look like, and where in a checkpoint they lie. No tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verify(): proof, by running it, that every experts layer is on our kernels and where it should be.
+"""verify(): proof, by running them, that all experts are on our kernels and where they should be.
 
-Each experts module is called with one token while every torch op is watched: exactly one call of
-expertyard::moe_experts, with the packed experts of that very module, counts. What a configuration
-claims does not.
+Each experts module is called with one token, and the native counter of its packed experts must say
+that a kernel served exactly one call. What a configuration claims does not count.
 """
 
 from dataclasses import dataclass
@@ -13,20 +12,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import VerifyError
 from ..registration import IMPLEMENTATION
 from ..weights import PackedExperts
-from .attach import covered
+from .attachment import covered
 from .binding import binding_of
-from .layers import is_experts, layer_number
+from .layers import is_experts, layer_number, recognise
 from .module import ExpertyardExperts
 from .state import Promise, Promised, promise_of
 
 __all__ = ["LayerReport", "VerifyReport", "verify"]
-
-_PREFILL = 1024  # tokens; the number whose kernel is reported as the prefill kernel
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,6 @@ class LayerReport:
     layer: int
     name: str
     kernel: str
-    prefill_kernel: str
     device: str
     format: str
     num_experts: int
@@ -57,10 +52,8 @@ class VerifyReport:
             )
         table.add_column("GiB", justify="right")
         for row in self.layers:
-            same = row.kernel == row.prefill_kernel
-            kernel = row.kernel if same else f"{row.kernel}, {row.prefill_kernel}"
-            cells = (row.layer, row.name, row.num_experts, row.format, row.device, kernel)
-            table.add_row(*map(str, cells), f"{row.nbytes / 2**30:.3f}")
+            cells = (row.layer, row.name, row.num_experts, row.format, row.device, row.kernel)
+            table.add_row(*map(str, cells), f"{row.nbytes / 2**30:.3g}")
         return table
 
     def __str__(self) -> str:
@@ -136,21 +129,6 @@ def _misplaced(
     return None
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[misc]
-    """Notes the handle of every expertyard::moe_experts call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.handles: list[int] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.ops.expertyard.moe_experts.default:
-            self.handles.append(args[3])
-        return func(*args, **(kwargs or {}))
-
-
 def _run_one_token(
     name: str, module: nn.Module, promised: Promised | None, dtype: torch.dtype
 ) -> LayerReport | str:
@@ -159,20 +137,25 @@ def _run_one_token(
     device = torch.device("cpu")
     if parameter is not None and parameter.device.type != "meta":
         device, dtype = parameter.device, parameter.dtype
-    packed = _packed(module)
-    hidden_size = packed.hidden_size if packed is not None else module.down_proj.shape[1]
-    hidden_states = torch.full((1, hidden_size), 0.5, dtype=dtype, device=device)
     ids = torch.zeros((1, 1), dtype=torch.int64, device=device)
     weights = torch.ones((1, 1), dtype=dtype, device=device)
-    watch = _Watch()
     try:
-        with torch.no_grad(), watch:
+        packed = _packed(module)
+        before = 0 if packed is None else packed.calls
+        ours = isinstance(module, ExpertyardExperts)
+        layout = module.layout if ours else recognise(module, name)
+        hidden_states = torch.full((1, layout.hidden_size), 0.5, dtype=dtype, device=device)
+        with torch.no_grad():
             module(hidden_states, ids, weights)
     except Exception as error:
         return f"it cannot run: {error}"
-    packed = _packed(module)
-    if packed is None or watch.handles != [packed.handle]:
-        return f"expected one call of its own kernel, saw {len(watch.handles)} calls"
+    again = _packed(module)
+    if again is not None and again.device.type == "cuda":
+        torch.cuda.synchronize(again.device)  # the count is taken when the kernel has run
+    calls = 0 if again is None else again.calls - (before if again is packed else 0)
+    if again is None or calls != 1 or again.last_kernel is None:
+        return f"expected one call of a kernel of ours, counted {calls}"
+    packed = again
     if promised is not None and promised.device not in (None, str(packed.device)):
         return f"the plan says {promised.device}, its experts are on {packed.device}"
     if promised is not None and promised.format not in (None, packed.format):
@@ -180,8 +163,7 @@ def _run_one_token(
     return LayerReport(
         layer=layer_number(name),
         name=name,
-        kernel=packed.kernel_name(1),
-        prefill_kernel=packed.kernel_name(_PREFILL),
+        kernel=packed.last_kernel,
         device=str(packed.device),
         format=packed.format,
         num_experts=packed.num_experts,
