@@ -117,8 +117,10 @@ class Request:
         pairs: list[tuple[Any, Any]]
         if isinstance(self.bandwidth, str):
             pairs = [tuple(part.partition("=")[::2]) for part in self.bandwidth.split(",")]  # type: ignore[misc]
-        else:
+        elif isinstance(self.bandwidth, Mapping):
             pairs = list(self.bandwidth.items())
+        else:
+            raise ConfigError(f"bandwidth: expected a mapping or text, got {self.bandwidth!r}.")
         found: dict[str, float] = {}
         for name, speed in pairs:
             device = device_name(name)
@@ -141,7 +143,9 @@ class Request:
         """Devices to fill first, in that order."""
         if self.priority is None:
             return ()
-        names = self.priority.split(",") if isinstance(self.priority, str) else list(self.priority)
+        names = self.priority.split(",") if isinstance(self.priority, str) else self.priority
+        if not isinstance(names, list | tuple):
+            raise ConfigError(f"priority: expected a list of devices, got {names!r}.")
         devices = [device_name(name) for name in names]
         if None in devices:
             wrong = names[devices.index(None)]
