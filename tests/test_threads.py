@@ -27,7 +27,7 @@ PROBLEM = {
 def in_a_new_process(code: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=120,
