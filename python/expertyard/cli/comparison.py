@@ -16,9 +16,10 @@ from torch import Tensor
 
 from expertyard.cli.generation import Generation, generate
 
-__all__ = ["Row", "compare", "to_table"]
+__all__ = ["MAX_TOKENS", "Row", "measure", "to_table"]
 
 ROUNDS = 3
+MAX_TOKENS = 64  # of a round: enough for a speed, and the wait stays short
 PEERS = ("eager", "grouped_mm")  # values of experts_implementation
 
 
@@ -33,7 +34,7 @@ class Row:
     problem: str = ""  # why it could not run
 
 
-def compare(
+def measure(
     ours: Any,
     theirs: Any,
     prompt_ids: Tensor,

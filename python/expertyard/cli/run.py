@@ -85,9 +85,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(folder)
     prompt_ids = encode(tokenizer, args.prompt, args.chat)
     try:
-        model = load_model(
-            folder, args.verbose, quantization_config=ExpertsConfig(**request)
-        )
+        model = load_model(folder, args.verbose, quantization_config=ExpertsConfig(**request))
         check_length(model, prompt_ids.shape[1], args.max_new_tokens)
         promise = promise_of(model)
         if promise is not None and promise.plan is not None:
@@ -320,8 +318,7 @@ def compare(model: Any, folder: Path, prompt_ids: Any, args: Any) -> None:
     """Loads the model once more without Expertyard, and prints both beside each other."""
     from rich.console import Console
 
-    from expertyard.cli.comparison import compare as measure
-    from expertyard.cli.comparison import to_table
+    from expertyard.cli.comparison import MAX_TOKENS, measure, to_table
     from expertyard.devices import machine_memory
 
     size, free = checkpoint_bytes(folder), machine_memory()["cpu"]
@@ -335,7 +332,7 @@ def compare(model: Any, folder: Path, prompt_ids: Any, args: Any) -> None:
         model,
         theirs,
         prompt_ids,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=min(args.max_new_tokens, MAX_TOKENS),
         temperature=args.temperature,
         seed=args.seed,
     )
