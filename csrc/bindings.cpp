@@ -168,11 +168,17 @@ std::shared_ptr<ey::ExpertSetEntry> live(int64_t handle) {
   return entry;
 }
 
-std::string cuda_kernel_name(int64_t handle, const std::string& hidden_dtype, int64_t num_tokens) {
+// For hidden states that start at a multiple of 16 bytes, as all but odd views do.
+std::string cuda_kernel_name(int64_t handle, const std::string& hidden_dtype, int64_t num_tokens,
+                             int64_t top_k) {
   const auto entry = live(handle);
   if (entry->device < 0) throw py::value_error("these experts are on the CPU");
-  const char* isa = ey::cuda::kernel_isa(entry->set, parse_dtype(hidden_dtype), num_tokens);
-  return std::string(ey::name_of(entry->set.format)) + "_" + isa;
+  ey::MoeArgs args{};
+  args.num_tokens = num_tokens;
+  args.top_k = top_k;
+  args.hidden_dtype = parse_dtype(hidden_dtype);
+  args.set = &entry->set;
+  return std::string(ey::name_of(entry->set.format)) + "_" + ey::cuda::kernel_isa(args);
 }
 
 // Raises what the GPU has reported of earlier calls. Call it after a synchronisation to be sure.
@@ -199,7 +205,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_problem", &cuda_problem, py::arg("device"));
   m.def("kernel_name", &kernel_name, py::arg("format"), py::arg("hidden_dtype"));
   m.def("cuda_kernel_name", &cuda_kernel_name, py::arg("handle"), py::arg("hidden_dtype"),
-        py::arg("num_tokens"));
+        py::arg("num_tokens"), py::arg("top_k"));
   m.def(
       "force_isa", [](const char* isa) { throw_unless(ey::force_isa(isa)); },
       py::arg("isa").none(true));

@@ -46,7 +46,10 @@ struct ExpertSet {
   int64_t gate_up_row_stride;     // bytes between two gate rows, and between two up rows
   int64_t down_row_stride;        // bytes between two down rows
   const ExpertPointers* experts;  // [num_experts], in the memory of the device that computes
-  uint64_t* bad_id = nullptr;     // GPUs only: where a kernel reports an id that names no expert
+
+  // GPUs only, written by cuda::make_table.
+  uint64_t* bad_id = nullptr;  // where a kernel reports an id that names no expert
+  bool rows_are_aligned = false;  // every row of every expert starts at a multiple of 16 bytes
 };
 
 // One call. Everything is row-major; hidden_states and out have contiguous rows.

@@ -166,9 +166,7 @@ Tensor moe_experts_cuda(const Tensor& hidden_states, const Tensor& topk_ids,
   const ey::Status done =
       ey::cuda::moe_experts(call.args, workspace.mutable_data_ptr(), current_cuda_stream(device));
   EY_CHECK(done.ok, done.what);
-  const char* isa =
-      ey::cuda::kernel_isa(call.entry->set, call.args.hidden_dtype, call.args.num_tokens);
-  call.entry->last_isa.store(isa, std::memory_order_relaxed);
+  call.entry->last_isa.store(ey::cuda::kernel_isa(call.args), std::memory_order_relaxed);
   call.entry->calls.fetch_add(1, std::memory_order_relaxed);
   return call.out;
 }

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 EMULATOR = ROOT / "tests" / "cuda_emulator"
-SOURCES = ("device.cu", "table.cu", "experts.cu")
+SOURCES = ("device.cu", "table.cu", "experts.cu", "experts_rows.cu", "experts_tiles.cu")
 GXX = shutil.which("g++")
 FLAGS = (
     *("-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),

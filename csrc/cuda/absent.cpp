@@ -31,7 +31,7 @@ Status make_table(int, const ExpertPointers*, ExpertSet*) { return absent(); }
 Status free_table(int, ExpertSet*) { return {}; }
 Status take_bad_id(const ExpertSet&) { return {}; }
 int64_t workspace_bytes(const MoeArgs&) { return 0; }
-const char* kernel_isa(const ExpertSet&, DType, int64_t) { return nullptr; }
+const char* kernel_isa(const MoeArgs&) { return "absent"; }
 Status moe_experts(const MoeArgs&, void*, void*) { return absent(); }
 
 }  // namespace ey::cuda

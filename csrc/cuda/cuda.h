@@ -43,8 +43,8 @@ Status take_bad_id(const ExpertSet& set);
 // 128 MiB, unless one token alone needs more.
 int64_t workspace_bytes(const MoeArgs& args);
 
-// The kernel that moe_experts picks: "cuda_rows". A string that lives for ever.
-const char* kernel_isa(const ExpertSet& set, DType hidden_dtype, int64_t num_tokens);
+// The kernels that moe_experts picks: "cuda_rows", "cuda_tiles". A string that lives for ever.
+const char* kernel_isa(const MoeArgs& args);
 
 // The op of moe.h on the current device; all pointers are its memory. Queues work on the stream and
 // returns: no wait, no allocation, can be captured in a CUDA graph. Calls that may overlap need

@@ -11,10 +11,10 @@
 #pragma once
 
 #include "activation.cuh"
-#include "bad_id.cuh"
+#include "choice.cuh"
 #include "numbers.cuh"
 
-namespace ey::cuda {
+namespace ey::cuda::rows {
 
 constexpr int kWarps = 8;  // of one block, each with a row of its own
 constexpr int kThreads = 32 * kWarps;
@@ -22,36 +22,6 @@ constexpr int kBlocksPerSm =
     4;  // 64 registers a thread: 32 warps, with 2 to 4 KiB of loads in flight each
 constexpr int kStage = 2048;  // values of x in shared memory at a time: 8 KiB
 constexpr uint32_t kAllLanes = 0xffffffffu;
-
-// What both kernels need of a call, passed by value. Token and pair indices count from the start
-// of the chunk that the launch serves.
-struct Chunk {
-  ExpertSet set;
-  const void* hidden_states;
-  void* out;
-  const void* topk_ids;
-  const void* topk_weights;
-  float* h;          // [pairs, h_stride]
-  int64_t h_stride;  // intermediate_size rounded up to a whole vector
-  int64_t top_k;
-  int64_t first_token;  // of the chunk within the call; only for the report of a bad id
-  DType hidden_dtype;
-  DType weights_dtype;
-  bool ids_are_int64;
-};
-
-enum class Chosen { kExpert, kNone, kBadId };
-
-// The expert of one pair; expert is set only for kExpert.
-__device__ __forceinline__ Chosen choose(const Chunk& c, int64_t pair, int64_t* id,
-                                         ExpertPointers* expert) {
-  *id = c.ids_are_int64 ? static_cast<const int64_t*>(c.topk_ids)[pair]
-                        : static_cast<const int32_t*>(c.topk_ids)[pair];
-  if (*id == -1 || *id == c.set.num_experts) return Chosen::kNone;
-  if (*id < 0 || *id > c.set.num_experts) return Chosen::kBadId;
-  *expert = c.set.experts[*id];
-  return expert->gate == nullptr ? Chosen::kNone : Chosen::kExpert;
-}
 
 __device__ __forceinline__ float sum_of_warp(float v) {
   for (int distance = 16; distance > 0; distance /= 2) {
@@ -120,10 +90,12 @@ __device__ __forceinline__ const W* row_of(const void* matrix, int64_t row_strid
   return reinterpret_cast<const W*>(static_cast<const char*>(matrix) + row * row_stride);
 }
 
+// h is [pairs, h_stride], h_stride a multiple of 8.
 // Grid: (pairs of the chunk, ceil(intermediate_size / kWarps)). Pairs vary fastest, so the blocks
 // that run together read the same few rows of each expert: from DRAM once, from L2 thereafter.
 template <class W>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) gate_up_rows(const Chunk c) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    gate_up_rows(const Chunk c, float* h, int64_t h_stride) {
   const int64_t pair = blockIdx.x;
   int64_t id;
   ExpertPointers expert;
@@ -159,14 +131,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) gate_up_rows(const Chu
   if (lane == 0) {
     if (expert.gate_bias) gate_sum += expert.gate_bias[row];
     if (expert.up_bias) up_sum += expert.up_bias[row];
-    c.h[pair * c.h_stride + row] =
+    h[pair * h_stride + row] =
         activate(c.set.activation, gate_sum, up_sum, c.set.alpha, c.set.limit);
   }
 }
 
 // Grid: (tokens of the chunk, ceil(hidden_size / kWarps)).
 template <class W>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) down_rows(const Chunk c) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    down_rows(const Chunk c, const float* h, int64_t h_stride) {
   const int64_t token = blockIdx.x;
   const int lane = threadIdx.x % 32;
   const int64_t row = int64_t(blockIdx.y) * kWarps + threadIdx.x / 32;
@@ -180,15 +153,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) down_rows(const Chunk 
     const Chosen chosen = choose(c, pair, &id, &expert);
     if (chosen == Chosen::kNone) continue;
     if (chosen == Chosen::kBadId) {
-      sum = float_of_bits(0x7fc00000u);  // NaN, whatever is added to it
-      if (row == 0 && lane == 0 && c.set.bad_id) {
-        ptx::store_for_host(c.set.bad_id, bad_id_word(c.first_token + token, id));
-      }
+      sum += refuse(c, token, id, row == 0 && lane == 0);
       continue;
     }
     const W* const rows[1] = {row_of<W>(expert.down, c.set.down_row_stride, row)};
     float dot[1] = {0.0f};
-    add_dots(rows, RowOfH<W>{c.h + pair * c.h_stride}, int(c.set.intermediate_size), lane, dot);
+    add_dots(rows, RowOfH<W>{h + pair * h_stride}, int(c.set.intermediate_size), lane, dot);
     float value = sum_of_warp(dot[0]);
     if (expert.down_bias) value += expert.down_bias[row];
     sum += load_number(c.topk_weights, c.weights_dtype, pair) * value;
@@ -196,4 +166,4 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) down_rows(const Chunk 
   if (lane == 0) store_number(c.out, c.hidden_dtype, token * c.set.hidden_size + row, sum);
 }
 
-}  // namespace ey::cuda
+}  // namespace ey::cuda::rows

@@ -36,6 +36,43 @@ __device__ __forceinline__ float4 load_float4(const float* address) {
   return *reinterpret_cast<const float4*>(address);
 }
 
+__device__ __forceinline__ uint4 load_uint4(const void* address) {
+  return *reinterpret_cast<const uint4*>(address);
+}
+
+// Starts a copy of 16 bytes from global to shared memory; not valid: 16 zero bytes, and from is not
+// read. The bytes are there for this thread after commit and wait, for others after a barrier too.
+__device__ __forceinline__ void copy16_async(void* shared, const void* from, bool valid) {
+  const uint32_t to = uint32_t(__cvta_generic_to_shared(shared));
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+
+// Closes this thread's group of copies.
+__device__ __forceinline__ void copy_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most kOpen of this thread's groups are under way, the newest ones.
+template <int kOpen>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
+}
+
+// d[16 x 8] += a[16 x 16] * b[16 x 8], bf16 pairs in, fp32 out, one matrix a warp. With g = lane /
+// 4 and t = lane % 4, each pair two neighbours along k, the lower one in the lower half:
+//   a0 (row g, k 2t)  a1 (row g + 8, k 2t)  a2 (row g, k 2t + 8)  a3 (row g + 8, k 2t + 8)
+//   b0 (k 2t, column g)  b1 (k 2t + 8, column g)
+//   d[0] (row g, column 2t)  d[1] (g, 2t + 1)  d[2] (g + 8, 2t)  d[3] (g + 8, 2t + 1)
+__device__ __forceinline__ void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                         uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
 __device__ __forceinline__ float f16_to_float(uint16_t bits) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
@@ -57,6 +94,13 @@ __device__ __forceinline__ uint16_t float_to_bf16(float f) {
 // One word that the host may read at any time (pinned memory): whole or not at all.
 __device__ __forceinline__ void store_for_host(uint64_t* address, uint64_t value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+// Lets the kernel use this much dynamic shared memory, on the current device. Loads it.
+template <class... Parameters>
+cudaError_t allow_shared(void (*kernel)(Parameters...), int bytes) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
 // Runs kernel(args...) on the stream; what the launch itself says comes back. The arguments are

@@ -1,9 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // The table of expert pointers in device memory, and the word in which kernels report a bad id.
+#include <initializer_list>
+
 #include "bad_id.cuh"
 #include "status.cuh"
 
 namespace ey::cuda {
+
+namespace {
+
+bool rows_are_aligned(const ExpertPointers* experts, const ExpertSet& set) {
+  uintptr_t all = uintptr_t(set.gate_up_row_stride) | uintptr_t(set.down_row_stride);
+  for (int64_t e = 0; e < set.num_experts; ++e) {
+    for (const void* p : {experts[e].gate, experts[e].up, experts[e].down}) {
+      all |= reinterpret_cast<uintptr_t>(p);
+    }
+  }
+  return all % 16 == 0;
+}
+
+}  // namespace
 
 Status make_table(int device, const ExpertPointers* experts, ExpertSet* set) {
   if (Status s = prepare(device); !s.ok) return s;
@@ -32,6 +48,7 @@ Status make_table(int device, const ExpertPointers* experts, ExpertSet* set) {
   set->experts = static_cast<const ExpertPointers*>(table);
   set->bad_id = static_cast<uint64_t*>(word);
   *set->bad_id = 0;
+  set->rows_are_aligned = rows_are_aligned(experts, *set);
   return {};
 }
 

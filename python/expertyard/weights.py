@@ -150,15 +150,17 @@ class PackedExperts:
         tensors = [t for group in (*self._matrices, *self._biases) for t in group if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def kernel_name(self, num_tokens: int = 1, hidden_dtype: torch.dtype = torch.bfloat16) -> str:
+    def kernel_name(
+        self, num_tokens: int = 1, hidden_dtype: torch.dtype = torch.bfloat16, top_k: int = 8
+    ) -> str:
         """The kernel that would serve such a call now. KernelError if none does.
 
-        num_tokens  the choice depends on it on a CUDA device only
+        num_tokens, top_k  the choice depends on them on a CUDA device only
         """
         dtype = str(hidden_dtype).removeprefix("torch.")
         try:
             if self.device.type == "cuda":
-                return str(_C.cuda_kernel_name(self.handle, dtype, num_tokens))
+                return str(_C.cuda_kernel_name(self.handle, dtype, num_tokens, top_k))
             return str(_C.kernel_name(self.format, dtype))
         except ValueError as error:
             raise KernelError(str(error)) from None

@@ -39,12 +39,12 @@ inline void __syncwarp(uint32_t mask = 0xffffffffu) {
 }
 
 template <class T>
-T __shfl_xor_sync(uint32_t mask, T value, int xor_lane) {
+T shuffle(uint32_t mask, T value, int from, const char* name) {
   struct Shuffle {
     T given, taken;
     int from;
-  } mine{value, value, emu::current->lane ^ xor_lane};
-  emu::meet(mask, mine, "__shfl_xor_sync", [mask](Shuffle** lanes) {
+  } mine{value, value, from};
+  emu::meet(mask, mine, name, [mask](Shuffle** lanes) {
     for (int lane = 0; lane < 32; ++lane) {
       if (mask >> lane & 1) {
         if (!(mask >> lanes[lane]->from & 1))
@@ -54,6 +54,25 @@ T __shfl_xor_sync(uint32_t mask, T value, int xor_lane) {
     }
   });
   return mine.taken;
+}
+
+template <class T>
+T __shfl_xor_sync(uint32_t mask, T value, int xor_lane) {
+  return shuffle(mask, value, emu::current->lane ^ xor_lane, "__shfl_xor_sync");
+}
+
+template <class T>
+T __shfl_up_sync(uint32_t mask, T value, int distance) {
+  const int from = emu::current->lane - distance;
+  return shuffle(mask, value, from < 0 ? emu::current->lane : from, "__shfl_up_sync");
+}
+
+// Fibers do not run at the same time, so a plain addition is atomic.
+template <class T>
+T atomicAdd(T* address, T value) {
+  const T before = *address;
+  *address = before + value;
+  return before;
 }
 
 namespace ey::cuda::ptx {
@@ -79,6 +98,71 @@ inline uint4 load16_once(const void* address) {
   return *aligned<uint4>(address, "load16_once");
 }
 inline float4 load_float4(const float* address) { return *aligned<float4>(address, "load_float4"); }
+
+inline uint4 load_uint4(const void* address) { return *aligned<uint4>(address, "load_uint4"); }
+
+// The destination is poisoned now and written at the wait, so reading it too early shows.
+inline void copy16_async(void* shared, const void* from, bool valid) {
+  preemption_point();
+  char* const to = static_cast<char*>(shared);
+  const emu::SharedMemory& memory = *emu::current->block->shared;
+  if (to < memory.data() || to + 16 > memory.data() + memory.bytes()) {
+    emu::grid->fail("copy16_async: the destination is not in shared memory");
+  }
+  aligned<uint4>(shared, "copy16_async, to");
+  if (valid) aligned<uint4>(from, "copy16_async, from");
+  std::memset(to, 0xff, 16);
+  emu::current->uncommitted.push_back({to, static_cast<const char*>(from), 16, valid ? 16u : 0u});
+}
+
+inline void copy_commit() {
+  emu::current->groups.push_back(std::move(emu::current->uncommitted));
+  emu::current->uncommitted.clear();
+}
+
+template <int kOpen>
+void copy_wait() {
+  auto& groups = emu::current->groups;
+  while (int(groups.size()) > kOpen) {
+    for (const emu::AsyncCopy& copy : groups.front()) {
+      std::memcpy(copy.to, copy.from, copy.from_bytes);
+      std::memset(copy.to + copy.from_bytes, 0, copy.bytes - copy.from_bytes);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+inline float bf16_to_float(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
+
+inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                     uint32_t b1) {
+  struct Fragments {
+    uint32_t a[4], b[2];
+    float* d;
+  } mine{{a0, a1, a2, a3}, {b0, b1}, d};
+  emu::meet(0xffffffffu, mine, "mma_bf16", [](Fragments** lanes) {
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < 4; ++i) {
+          a[g + i % 2 * 8][2 * t + i / 2 * 8 + half] =
+              bf16_to_float(lanes[lane]->a[i] >> 16 * half & 0xffff);
+        }
+        for (int i = 0; i < 2; ++i) {
+          b[2 * t + i * 8 + half][g] = bf16_to_float(lanes[lane]->b[i] >> 16 * half & 0xffff);
+        }
+      }
+    }
+    for (int row = 0; row < 16; ++row) {
+      for (int column = 0; column < 8; ++column) {
+        float sum = 0.0f;
+        for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+        lanes[row % 8 * 4 + column / 2]->d[row / 8 * 2 + column % 2] += sum;
+      }
+    }
+  });
+}
 
 inline float f16_to_float(uint16_t bits) {
   const int exponent = bits >> 10 & 31;

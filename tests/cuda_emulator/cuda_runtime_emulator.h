@@ -29,9 +29,6 @@ struct cudaDeviceProp {
   char name[256];
   int major, minor, multiProcessorCount;
 };
-struct cudaFuncAttributes {
-  int numRegs;
-};
 
 namespace emu {
 
@@ -41,6 +38,8 @@ struct Machine {
   int devices = 1;
   int major = 9, minor = 0;
   bool has_code = true;               // this build has code for that capability
+  int most_shared_bytes = 99 * 1024;  // of a block: what the smallest cards give
+  std::map<const void*, int> shared_bytes_of;
   int64_t allocations_left = -1;      // then cudaErrorMemoryAllocation; < 0: without end
   std::map<void*, size_t> allocated;  // device and pinned
   int device = 0;                     // the current one
@@ -125,12 +124,15 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
   std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void*) {
-  *a = {};
-  return emu::machine.has_code ? cudaSuccess : cudaErrorNoKernelImageForDevice;
-}
-
 namespace ey::cuda::ptx {
+
+template <class... Parameters>
+cudaError_t allow_shared(void (*kernel)(Parameters...), int bytes) {
+  if (!emu::machine.has_code) return cudaErrorNoKernelImageForDevice;
+  if (bytes > emu::machine.most_shared_bytes) return cudaErrorInvalidValue;
+  emu::machine.shared_bytes_of[reinterpret_cast<const void*>(kernel)] = bytes;
+  return cudaSuccess;
+}
 
 // A real launch returns before the kernel runs; here it has run, and its failure is the launch's.
 template <class... Parameters>
@@ -138,10 +140,13 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
                    cudaStream_t, std::common_type_t<Parameters>... arguments) {
   const unsigned threads = block.x * block.y * block.z;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
-      grid.z > 65535 || threads == 0 || threads > 1024 || shared_bytes > 227 * 1024) {
+      grid.z > 65535 || threads == 0 || threads > 1024) {
     return cudaErrorInvalidConfiguration;
   }
   if (!emu::machine.has_code) return cudaErrorNoKernelImageForDevice;
+  // More than 48 KiB must have been asked for.
+  const int allowed = emu::machine.shared_bytes_of[reinterpret_cast<const void*>(kernel)];
+  if (shared_bytes > size_t(std::max(allowed, 48 * 1024))) return cudaErrorInvalidValue;
   try {
     emu::Grid(grid, block, shared_bytes, [=] { kernel(arguments...); }).run();
   } catch (const emu::Failure& failure) {

@@ -26,7 +26,7 @@ struct Shape {
   bool nulls = false;     // expert 1 is not here
   bool sentinels = true;  // some ids are -1 or num_experts
   int pad = 0;            // elements between rows
-  int shift = 0;          // elements that rows start after a 16-byte boundary
+  int shift = 0;          // elements behind the last row, which end at a page: moves all rows
 
   std::string text() const {
     char s[300];
@@ -61,9 +61,9 @@ class Problem {
       const size_t gu_count = (2 * I - 1) * gu_row + H + size_t(s.shift);
       const size_t down_count = (H - 1) * down_row + I + size_t(s.shift);
       memory_.emplace_back(gu_count * wsize, s.shift || s.pad ? wsize : 16);
-      char* const gu = memory_.back().data() + size_t(s.shift) * wsize;
+      char* const gu = memory_.back().data();
       memory_.emplace_back(down_count * wsize, s.shift || s.pad ? wsize : 16);
-      char* const down = memory_.back().data() + size_t(s.shift) * wsize;
+      char* const down = memory_.back().data();
       const size_t up_first = (s.interleaved ? 1 : I) * gu_row;
       fill(gate_[e], gu, wtype, I, H, step * gu_row, 1.0f / std::sqrt(float(s.hidden)));
       fill(up_[e], gu + up_first * wsize, wtype, I, H, step * gu_row,
@@ -162,8 +162,10 @@ class Problem {
 
   // Rows of tokens in nan_tokens must be NaN, all others right.
   void check(const std::vector<size_t>& nan_tokens = {}) {
-    testing::where = shape.text();
+    testing::where = shape.text() + " " + isa();
     compute_expected();
+    // fp32 sums of a few thousand terms; the tiles also round h to bf16
+    const double tolerance = isa() == "cuda_tiles" ? 0x1p-8 : 4e-6;
     const size_t H = size_t(shape.hidden);
     int wrong = 0;
     double worst = 0;
@@ -183,7 +185,7 @@ class Problem {
     testing::where.clear();
   }
 
-  double tolerance = 4e-6;  // fp32 sums of a few thousand terms
+  std::string isa() const { return ey::cuda::kernel_isa(args); }
 
  private:
   double activation(double g, double u) const {
@@ -386,20 +388,22 @@ TEST(random_problems) {
 }
 
 TEST(the_schedule_does_not_change_a_bit) {
-  Shape s;
-  s.hidden_dtype = DType::kF32;
-  s.tokens = 5;
-  s.top_k = 4;
-  const uint64_t seed = emu::options.seed;
-  Problem problem(s, seed);
-  CHECK(problem.run().ok);
-  const std::vector<char> first = problem.result();
-  for (uint64_t other = 1; other <= 3; ++other) {
-    emu::options.seed = seed + other;
+  for (DType hidden : {DType::kF32, DType::kBF16}) {  // rows, tiles
+    Shape s;
+    s.hidden_dtype = hidden;
+    s.tokens = 5;
+    s.top_k = 4;
+    const uint64_t seed = emu::options.seed;
+    Problem problem(s, seed);
     CHECK(problem.run().ok);
-    CHECK(problem.result() == first);
+    const std::vector<char> first = problem.result();
+    for (uint64_t other = 1; other <= 3; ++other) {
+      emu::options.seed = seed + other;
+      CHECK(problem.run().ok);
+      CHECK(problem.result() == first);
+    }
+    emu::options.seed = seed;
   }
-  emu::options.seed = seed;
 }
 
 TEST(an_id_out_of_range_makes_its_row_nan_and_is_reported_once) {
@@ -408,7 +412,7 @@ TEST(an_id_out_of_range_makes_its_row_nan_and_is_reported_once) {
       Shape s;
       s.tokens = 4;
       s.ids_are_int64 = wide;
-      s.hidden = 37;
+      s.hidden = bad == 5 ? 37 : 40;  // rows, tiles
       Problem problem(s, emu::options.seed);
       const auto good = ey::cuda::take_bad_id(problem.set);
       CHECK(good.ok);
@@ -428,13 +432,62 @@ TEST(an_id_out_of_range_makes_its_row_nan_and_is_reported_once) {
   }
 }
 
-TEST(sizes_beyond_the_grid_are_refused) {
+TEST(tiles_of_every_width) {
+  const int widths[][2] = {{8, 5}, {20, 2}, {40, 3}, {70, 2}};  // tokens, experts
+  for (const auto& [tokens, experts] : widths) {
+    for (bool bias : {false, true}) {
+      Shape s;
+      s.tokens = tokens;
+      s.num_experts = experts;
+      s.hidden = 392;  // more stages than shared memory holds, and a tail
+      s.intermediate = bias ? 24 : 328;
+      s.bias = bias;
+      s.interleaved = bias;
+      s.ids_are_int64 = bias;
+      s.nulls = experts == 5;
+      Problem problem(s, emu::options.seed);
+      CHECK(problem.isa() == "cuda_tiles");
+      const ey::Status status = problem.run();
+      if (!status.ok) testing::fail("%s (%s)", status.what, emu::machine.failure.c_str());
+      problem.check();
+    }
+  }
+}
+
+TEST(tiles_are_left_alone_where_they_do_not_fit) {
+  Shape s;  // 14 pairs for 4 experts
+  const auto isa = [](const Shape& shape) { return Problem(shape, 1).isa(); };
+  CHECK(isa(s) == "cuda_tiles");
+  for (auto change : {+[](Shape& t) { t.tokens = 2; }, +[](Shape& t) { t.hidden = 60; },
+                      +[](Shape& t) { t.intermediate = 44; }, +[](Shape& t) { t.shift = 1; },
+                      +[](Shape& t) { t.pad = 4; }, +[](Shape& t) { t.hidden_dtype = DType::kF32; },
+                      +[](Shape& t) { t.format = Format::kFp16; }}) {
+    Shape other = s;
+    change(other);
+    CHECK(isa(other) == "cuda_rows");
+  }
+}
+
+TEST(more_experts_than_threads_route) {
   Shape s;
-  Problem problem(s, 1);
-  problem.set.intermediate_size = int64_t(1) << 20;
-  const ey::Status status = problem.run();
+  s.tokens = 300;
+  s.top_k = 4;
+  s.num_experts = 600;
+  s.hidden = 8;
+  s.intermediate = 8;
+  s.nulls = true;
+  Problem problem(s, emu::options.seed);
+  CHECK(problem.isa() == "cuda_tiles");
+  CHECK(problem.run().ok);
+  problem.check();
+}
+
+TEST(sizes_beyond_the_grid_are_refused) {
+  Problem problem(Shape{}, 1);
+  problem.set.hidden_size = int64_t(1) << 30;
+  const ey::Status status = ey::cuda::moe_experts(problem.args, nullptr, nullptr);
   CHECK(!status.ok);
-  check_contains(status.what, "serves up to 524280");
+  check_contains(status.what, "no CUDA kernel serves sizes that large");
 }
 
 // The host side, on other machines.

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// A way to do the whole op: some kernels, their workspace, and the launches for one run of tokens.
+// experts.cu picks one and cuts a call into runs that fit the workspace.
+#pragma once
+
+#include "choice.cuh"
+
+namespace ey::cuda {
+
+struct Family {
+  const char* isa;
+  bool (*serves)(const MoeArgs& args);
+  int64_t (*workspace_bytes)(const MoeArgs& args, int64_t tokens);  // grows with tokens
+  // Queues the launches. tokens > 0, hidden_size > 0; top_k and intermediate_size may be 0.
+  cudaError_t (*run)(const Chunk& chunk, int64_t tokens, void* workspace, cudaStream_t stream);
+  cudaError_t (*load)();  // the kernels, onto the current device
+};
+
+extern const Family kRows, kTiles;
+
+constexpr int64_t kMostGridY = 65535;
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+}  // namespace ey::cuda
