@@ -129,6 +129,14 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     return Build.make(tmp_path_factory.mktemp("emulated"))
 
 
+def test_the_emulator_finds_what_it_promises_to(build: Build, tmp_path: Path) -> None:
+    test = build.compile(EMULATOR / "simt_test.cpp", ROOT / "csrc", tmp_path)
+    program = link([test], tmp_path / "program")
+    for seed in range(5):
+        done = run([str(program), "--seed", str(seed)], 60)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_kernels_and_host_side_are_right(build: Build, tmp_path: Path) -> None:
     program = build.program_with([], tmp_path)
     for seed in ("0", "1"):

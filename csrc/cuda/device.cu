@@ -50,14 +50,19 @@ Status device_count(int* count) {
       int(error), cudaGetErrorString(error));
 }
 
-Status device_facts(int device, DeviceFacts* facts) {
-  *facts = {};
+Status check_device(int device) {
   int count = 0;
   if (Status s = device_count(&count); !s.ok) return s;
   if (device < 0 || device >= count) {
     return failure("cuda:%d: this machine has %d CUDA device%s, cuda:0 to cuda:%d", device, count,
                    count == 1 ? "" : "s", count - 1);
   }
+  return {};
+}
+
+Status device_facts(int device, DeviceFacts* facts) {
+  *facts = {};
+  if (Status s = check_device(device); !s.ok) return s;
   cudaDeviceProp properties;
   if (cudaError_t e = cudaGetDeviceProperties(&properties, device); e != cudaSuccess) {
     return cuda_failed(e, "cudaGetDeviceProperties");

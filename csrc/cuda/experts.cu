@@ -34,8 +34,7 @@ const void* advance(const void* p, int64_t bytes) { return static_cast<const cha
 }  // namespace
 
 Status prepare(int device) {
-  DeviceFacts facts;
-  if (Status s = device_facts(device, &facts); !s.ok) return s;
+  if (Status s = check_device(device); !s.ok) return s;
   const CurrentDevice current(device);
   if (current.error() != cudaSuccess) return cuda_failed(current.error(), "cudaSetDevice");
   const OutsideCapture outside;
@@ -43,16 +42,17 @@ Status prepare(int device) {
   if (error == cudaSuccess) error = kTiles.load();
   if (error == cudaSuccess) return {};
   cudaGetLastError();
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-    return failure(
-        "cuda:%d (%s) has compute capability %d.%d and this build has code for %s only; %s; the "
-        "CPU "
-        "kernels work without it",
-        device, facts.name, facts.major, facts.minor, architectures(),
-        facts.major < 8 ? "8.0 is the oldest that Expertyard supports"
-                        : "rebuild with that architecture in EXPERTYARD_CUDA_ARCHS");
+  if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction) {
+    return cuda_failed(error, "loading the CUDA kernels");
   }
-  return cuda_failed(error, "loading the CUDA kernels");
+  DeviceFacts facts;
+  if (Status s = device_facts(device, &facts); !s.ok) return s;
+  return failure(
+      "cuda:%d (%s) has compute capability %d.%d and this build has code for %s only; %s; the CPU "
+      "kernels work without it",
+      device, facts.name, facts.major, facts.minor, architectures(),
+      facts.major < 8 ? "8.0 is the oldest that Expertyard supports"
+                      : "rebuild with that architecture in EXPERTYARD_CUDA_ARCHS");
 }
 
 int64_t workspace_bytes(const MoeArgs& args) {

@@ -12,6 +12,8 @@ inline Status cuda_failed(cudaError_t error, const char* what) {
   return failure("%s: CUDA error %d: %s", what, int(error), cudaGetErrorString(error));
 }
 
+Status check_device(int device);  // that this machine has it
+
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+// The emulator itself: right code gives right numbers under every schedule, and each kind of
+// mistake that it promises to find is reported by name.
+#include "testing.h"
+
+using testing::check_contains;
+
+namespace {
+
+// What the emulator says of the kernel; empty if nothing.
+template <class Kernel>
+std::string report(unsigned blocks, unsigned threads, size_t shared, Kernel kernel) {
+  try {
+    emu::Grid(dim3(blocks), dim3(threads), shared, kernel).run();
+  } catch (const emu::Failure& failure) {
+    return failure.what();
+  }
+  return "";
+}
+
+float* shared_floats() { return reinterpret_cast<float*>(ey::cuda::ptx::dynamic_shared()); }
+
+}  // namespace
+
+TEST(barriers_order_writes_and_reads) {
+  std::vector<float> out(3 * 64);
+  const auto reverse = [&](bool with_barrier) {
+    return report(3, 64, 64 * sizeof(float), [&, with_barrier] {
+      const unsigned i = threadIdx.x;
+      shared_floats()[i] = float(i + 100 * blockIdx.x);
+      if (with_barrier) __syncthreads();
+      out[blockIdx.x * 64 + i] = shared_floats()[63 - i];
+    });
+  };
+  CHECK(reverse(true).empty());
+  for (unsigned i = 0; i < out.size(); ++i) CHECK(out[i] == float(63 - i % 64 + 100 * (i / 64)));
+  CHECK(reverse(false).empty());
+  int poisoned = 0;
+  for (float f : out) poisoned += std::isnan(f);
+  CHECK(poisoned > 0);
+}
+
+TEST(the_seed_decides_the_schedule) {
+  const auto order = [](uint64_t seed) {
+    emu::options.seed = seed;
+    std::vector<unsigned> seen;
+    report(2, 40, 0, [&] { seen.push_back(threadIdx.x + 100 * blockIdx.x); });
+    return seen;
+  };
+  const uint64_t before = emu::options.seed;
+  CHECK(order(1) == order(1));
+  CHECK(order(1) != order(2));
+  emu::options.seed = before;
+}
+
+TEST(shuffles_move_values_between_lanes) {
+  std::vector<int> swapped(32), up(32);
+  CHECK(report(1, 32, 0, [&] {
+          const int lane = int(threadIdx.x);
+          swapped[size_t(lane)] = __shfl_xor_sync(0xffffffffu, lane, 5);
+          up[size_t(lane)] = __shfl_up_sync(0xffffffffu, lane, 4);
+        }).empty());
+  for (int lane = 0; lane < 32; ++lane) {
+    CHECK(swapped[size_t(lane)] == (lane ^ 5));
+    CHECK(up[size_t(lane)] == (lane < 4 ? lane : lane - 4));
+  }
+}
+
+TEST(lanes_that_part_ways_are_reported) {
+  check_contains(report(1, 32, 0,
+                        [] {
+                          if (threadIdx.x < 16) {
+                            __syncwarp();
+                          } else {
+                            __shfl_xor_sync(0xffffffffu, 1, 1);
+                          }
+                        }),
+                 "lanes of one warp meet in");
+  check_contains(report(1, 32, 0,
+                        [] {
+                          if (threadIdx.x != 3) __syncwarp();
+                        }),
+                 "31 lanes in __syncwarp");
+}
+
+TEST(a_barrier_that_not_everyone_reaches_is_reported) {
+  check_contains(report(1, 64, 0,
+                        [] {
+                          if (threadIdx.x != 40) __syncthreads();
+                        }),
+                 "barrier 0 has 63 of 64");
+}
+
+TEST(waiting_for_ever_is_reported) {
+  emu::options.most_steps_without_progress = 10000;
+  volatile int flag = 0;
+  check_contains(report(1, 2, 0,
+                        [&] {
+                          while (flag == 0) emu::grid->yield();
+                        }),
+                 "livelock");
+  emu::options.most_steps_without_progress = 20'000'000;
+}
+
+TEST(resident_blocks_can_wait_for_each_other) {
+  const int before = emu::options.resident_blocks;
+  emu::options.resident_blocks = 4;
+  int arrived = 0;
+  CHECK(report(4, 32, 0, [&] {
+          if (threadIdx.x == 0) {
+            atomicAdd(&arrived, 1);
+            while (arrived < 4) emu::grid->yield();
+          }
+          __syncthreads();
+        }).empty());
+  emu::options.resident_blocks = before;
+}
+
+TEST(writes_past_shared_memory_are_reported) {
+  check_contains(report(1, 1, 100, [] { ey::cuda::ptx::dynamic_shared()[100] = 1; }),
+                 "written past its end");
+}
+
+TEST(asynchronous_copies_arrive_at_the_wait) {
+  alignas(16) float from[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+  std::vector<float> early, late;
+  CHECK(report(1, 1, 64, [&] {
+          ey::cuda::ptx::copy16_async(shared_floats(), from, true);
+          ey::cuda::ptx::copy_commit();
+          ey::cuda::ptx::copy16_async(shared_floats() + 4, from + 4, false);
+          ey::cuda::ptx::copy_commit();
+          early.assign(shared_floats(), shared_floats() + 8);
+          ey::cuda::ptx::copy_wait<1>();
+          CHECK(shared_floats()[3] == 4 && std::isnan(shared_floats()[4]));
+          ey::cuda::ptx::copy_wait<0>();
+          late.assign(shared_floats(), shared_floats() + 8);
+        }).empty());
+  for (float f : early) CHECK(std::isnan(f));
+  CHECK((late == std::vector<float>{1, 2, 3, 4, 0, 0, 0, 0}));
+
+  check_contains(report(1, 1, 64,
+                        [&] {
+                          ey::cuda::ptx::copy16_async(shared_floats(), from, true);
+                          ey::cuda::ptx::copy_commit();
+                        }),
+                 "has not waited for");
+  check_contains(
+      report(1, 1, 64, [&] { ey::cuda::ptx::copy16_async(shared_floats() + 1, from, true); }),
+      "not a multiple of 16");
+  check_contains(report(1, 1, 64, [&] { ey::cuda::ptx::copy16_async(from, from, true); }),
+                 "not in shared memory");
+}
+
+TEST(mma_multiplies_small_integers_exactly) {
+  std::mt19937 random(3);
+  const auto small = [&] { return float(int(random() % 17) - 8); };
+  float a[16][16], b[16][8], d[16][8];
+  for (auto& row : a) {
+    for (float& v : row) v = small();
+  }
+  for (auto& row : b) {
+    for (float& v : row) v = small();
+  }
+  const auto pack = [](float low, float high) {
+    return uint32_t(ey::cuda::ptx::float_to_bf16(low)) |
+           uint32_t(ey::cuda::ptx::float_to_bf16(high)) << 16;
+  };
+  CHECK(report(1, 32, 0, [&] {
+          const unsigned g = threadIdx.x / 4, t = threadIdx.x % 4;
+          float sums[4] = {1, 1, 1, 1};
+          ey::cuda::ptx::mma_bf16(
+              sums, pack(a[g][2 * t], a[g][2 * t + 1]), pack(a[g + 8][2 * t], a[g + 8][2 * t + 1]),
+              pack(a[g][2 * t + 8], a[g][2 * t + 9]),
+              pack(a[g + 8][2 * t + 8], a[g + 8][2 * t + 9]), pack(b[2 * t][g], b[2 * t + 1][g]),
+              pack(b[2 * t + 8][g], b[2 * t + 9][g]));
+          d[g][2 * t] = sums[0];
+          d[g][2 * t + 1] = sums[1];
+          d[g + 8][2 * t] = sums[2];
+          d[g + 8][2 * t + 1] = sums[3];
+        }).empty());
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 8; ++column) {
+      float sum = 1;
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+      CHECK(d[row][column] == sum);
+    }
+  }
+}
+
+int main(int argc, char** argv) { return testing::main_of(argc, argv); }
