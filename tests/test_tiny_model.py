@@ -88,7 +88,7 @@ def test_awkward_text_survives_the_tokenizer(text: str) -> None:
 
 def test_every_expert_of_every_layer_is_chosen_by_held_out_text() -> None:
     model = load(torch.float32)
-    ids = tokenizer()(SLICE, return_tensors="pt")["input_ids"]
+    ids = tokenizer()(SLICE, return_tensors="pt", verbose=False)["input_ids"]
     even = ids.numel() * model.config.num_experts_per_tok / model.config.num_experts
     total = torch.zeros(model.config.num_hidden_layers, model.config.num_experts)
     for start in range(0, ids.shape[1], 512):
@@ -111,12 +111,12 @@ def test_it_writes_printable_english() -> None:
     known = set(words(HELD_OUT[:half]))
     unseen = words(HELD_OUT[half:])
     yardstick = sum(word in known for word in unseen) / len(unseen)
-    model = load(torch.bfloat16)
+    model = load(torch.float32)  # HF's eager bf16 is many times slower at one token
     written = []
     for seed, prompt in enumerate(("The function returns", "If you want to", "This module")):
         ids = torch.tensor([[tokenizer().bos_token_id, *prompt.encode()]])
         torch.manual_seed(seed)
-        out = model.generate(ids, max_new_tokens=250, do_sample=True, temperature=0.6, top_k=0)
+        out = model.generate(ids, max_new_tokens=160, do_sample=True, temperature=0.45, top_k=0)
         text = tokenizer().decode(out[0], skip_special_tokens=True)
         assert text.startswith(prompt)
         assert all(c.isprintable() or c in "\n\t" for c in text), text

@@ -30,6 +30,7 @@ SMALL = {
     "lr": 1e-2,
     "save-every": 10,
     "source": "perl",
+    "precision": "fp32",
 }
 
 
@@ -76,9 +77,9 @@ def test_the_loss_falls_and_the_folder_loads(tmp_path: Path, pods: Path) -> None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert run(tmp_path / "short", pods, "--steps", "1") == 0
-    assert run(tmp_path / "long", pods, "--steps", "60") == 0
+    assert run(tmp_path / "long", pods, "--steps", "40") == 0
     assert last_loss(tmp_path / "short") == pytest.approx(5.55, abs=0.2)  # ln 257: knows nothing
-    assert last_loss(tmp_path / "long") < 3.0
+    assert last_loss(tmp_path / "long") < 3.5
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
     assert model.dtype == torch.bfloat16
     assert len(AutoTokenizer.from_pretrained(tmp_path / "long")) == model.config.vocab_size == 257

@@ -64,8 +64,10 @@ def parse_memory(value: Mapping[Any, Any] | str) -> dict[str, int]:
                     f"memory: expected DEVICE=SIZE such as cuda:0=24GiB,cpu=128GiB; got {part!r}."
                 )
             pairs.append((name, size))
-    else:
+    elif isinstance(value, Mapping):
         pairs = list(value.items())
+    else:
+        raise ConfigError(f"memory: expected text or a mapping of device to size, got {value!r}.")
     memory: dict[str, int] = {}
     for name, size in pairs:
         device = device_name(

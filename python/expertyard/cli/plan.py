@@ -12,14 +12,20 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from expertyard.errors import ConfigError, ExpertyardError
+
+if TYPE_CHECKING:
+    from expertyard.plan import Plan, Request
+    from expertyard.spec import ModelSpec
 
 EXAMPLES = """examples:
   expertyard plan Mixtral-8x7B --memory cuda:0=24GiB,cpu=64GiB --format int4
   expertyard plan DeepSeek-V3 --rules rules.yaml --strict
   expertyard plan ./model -n "0:16;1:16" --json
+  expertyard plan DeepSeek-V3 -ot "blk\\.[3-9]\\.ffn_.*_exps=CUDA0,exps=CPU" --export kt
+  expertyard plan Kimi-K2 --memory cuda:0=24GiB,cpu=1TiB --format int4 --what-if "--context 131072"
   expertyard plan Qwen3-30B-A3B --memory machine --save plan.json
 """
 
@@ -57,6 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save", metavar="FILE", help="write the plan as JSON, for ExpertsConfig(plan=FILE)"
     )
     output.add_argument(
+        "--export", metavar="KIND", help="print it in another grammar: kt, ord, ot or device_map"
+    )
+    output.add_argument(
+        "--svg", metavar="FILE", help="draw devices and layers, experts by popularity"
+    )
+    output.add_argument(
+        "--what-if", metavar="OPTIONS", help="compare with the plan that these options would give"
+    )
+    output.add_argument(
         "--strict", action="store_true", help="exit 1 if there are errors or warnings"
     )
 
@@ -69,6 +84,45 @@ def add_request_arguments(group: Any) -> None:
         "-n",
         metavar="ORD:NUM;...",
         help='layers per GPU, such as "0:16;1:16" or 16; the rest on the CPU',
+    )
+    group.add_argument(
+        "--topology", metavar="FILE.yaml", help="mistral.rs' layer ranges and regexes"
+    )
+    group.add_argument(
+        "-ot",
+        "--override-tensor",
+        metavar="REGEX=DEVICE,...",
+        action="append",
+        help="llama.cpp: GGUF names to devices, first match wins; repeatable",
+    )
+    group.add_argument(
+        "--cpu-moe",
+        dest="override_tensor",
+        action="append_const",
+        const="--cpu-moe",
+        help="all routed experts on the CPU, as -ot would say it",
+    )
+    group.add_argument(
+        "--n-cpu-moe",
+        dest="override_tensor",
+        action="append",
+        type="--n-cpu-moe={}".format,
+        metavar="N",
+        help="routed experts of the first N layers on the CPU",
+    )
+    group.add_argument(
+        "--device-map", metavar="FILE.json|auto", help="accelerate's names to devices"
+    )
+    group.add_argument(
+        "--gpu-experts",
+        metavar="N|RATIO|IDS",
+        help="experts of each layer on its GPU, the rest on the CPU",
+    )
+    group.add_argument(
+        "--strategy", metavar="NAME", help="which go first: uniform, frequency, front, back, trace"
+    )
+    group.add_argument(
+        "--profile", metavar="FILE", help="how often experts are read, or a routing trace"
     )
     group.add_argument(
         "--memory",
@@ -94,7 +148,7 @@ def add_request_arguments(group: Any) -> None:
     )
 
 
-def build_request(args: argparse.Namespace) -> Any:
+def build_request(args: argparse.Namespace) -> Request:
     """plan.Request of parsed arguments. `--memory machine` asks the machine."""
     from dataclasses import fields
 
@@ -119,33 +173,95 @@ def machine_memory() -> dict[str, int]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plans and prints. Returns the exit code."""
+    """Plans and prints. Returns the exit code; on an error nothing is printed or written."""
     try:
-        from expertyard.plan.make import make_plan
-        from expertyard.spec import resolve_target
-
-        request = build_request(args)
-        plan = make_plan(resolve_target(args.target), request)
-        if args.save:
-            plan.save(args.save)
+        plan, text = _answer(args)
     except ExpertyardError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    if args.json:
-        print(json.dumps(plan.to_json(), indent=1))
+    if isinstance(text, str):
+        print(text)
     else:
-        print_table(plan)
+        print_rich(text)
     serious = any(finding.severity in ("error", "warning") for finding in plan.findings)
     return 1 if args.strict and serious else 0
 
 
-def print_table(plan: Any) -> None:
+def _answer(args: argparse.Namespace) -> tuple[Plan, Any]:
+    """(the plan, what to print: text or a rich renderable). Files are written last."""
+    from expertyard.plan.make import make_plan
+    from expertyard.spec import resolve_target
+
+    if args.json and args.export:
+        raise ConfigError("--json and --export both print; take one of them.")
+    spec = resolve_target(args.target)
+    request = build_request(args)
+    plan = make_plan(spec, request)
+    other = make_plan(spec, build_request(_what_if(args))) if args.what_if else None
+    text: Any
+    if args.export:
+        from expertyard.plan.export import export
+
+        text = export(plan, spec, args.export)
+    elif args.json:
+        data = plan.to_json()
+        text = json.dumps({**data, "what_if": other.to_json()} if other else data, indent=1)
+    elif other is not None:
+        from expertyard.plan.compare import compare
+
+        text = compare(plan, other)
+    else:
+        text = plan.table()
+    if args.save:
+        plan.save(args.save)
+    if args.svg:
+        _draw(args.svg, plan, request, spec)
+    return plan, text
+
+
+def _what_if(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with those of --what-if over them."""
+    import shlex
+
+    parser = _RaisingParser(prog="--what-if", add_help=False, allow_abbrev=False)
+    add_request_arguments(parser)
+    try:
+        words = shlex.split(args.what_if)
+    except ValueError as error:
+        raise ConfigError(f"--what-if: {error}.") from None
+    changed = {k: v for k, v in vars(parser.parse_args(words)).items() if v is not None}
+    if not changed:
+        raise ConfigError("--what-if: expected options such as '--memory cuda:0=48GiB,cpu=64GiB'.")
+    return argparse.Namespace(**{**vars(args), **changed})
+
+
+class _RaisingParser(argparse.ArgumentParser):
+    """A parser whose usage errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"--what-if: {message}.")
+
+
+def _draw(path: str, plan: Plan, request: Request, spec: ModelSpec) -> None:
+    from pathlib import Path
+
+    from expertyard.plan.svg import draw
+    from expertyard.rules.profile import read_profile
+
+    weights = read_profile(request.profile, spec).weights if request.profile is not None else None
+    try:
+        Path(path).write_text(draw(plan, weights), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--svg {path}: cannot be written ({error.strerror}).") from None
+
+
+def print_rich(renderable: Any) -> None:
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
-    console.print(plan.table(), highlight=False)
+    console.print(renderable, highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

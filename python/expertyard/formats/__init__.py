@@ -22,14 +22,18 @@ def format_names() -> tuple[str, ...]:
     return _NAMES
 
 
-@cache
 def get_format(name: str) -> Format:
     """The format of that name. Raises ConfigError that lists the known ones."""
-    if name not in _NAMES:
+    if not isinstance(name, str) or name not in _NAMES:
         near = difflib.get_close_matches(str(name), _NAMES, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         known = ", ".join(_NAMES)
         raise ConfigError(f"format: expected one of {known}; got {name!r}.{hint}")
+    return _load(name)
+
+
+@cache
+def _load(name: str) -> Format:
     found = import_module(f"expertyard.formats.{name}").FORMAT
     assert isinstance(found, Format)
     return found

@@ -9,6 +9,7 @@ import torch
 
 from ..devices import machine_memory, unusable_devices
 from ..dispatch import check_devices, place_experts
+from ..errors import LoadError
 from ..loading import DTYPES, ExpertsLayout
 from ..plan import Plan, make_plan
 from ..spec import ModelSpec
@@ -26,17 +27,18 @@ def format_of(dtype: torch.dtype) -> str:
 
 def make_promises(
     config: ExpertsConfig,
-    spec_from: Path | Mapping[str, Any],
+    model_config: Mapping[str, Any],
     layouts: Mapping[str, ExpertsLayout],
     dtype: torch.dtype,
+    folder: Path | None = None,
 ) -> tuple[Plan, tuple[Promised, ...]]:
     """The plan, and for every experts module its device and format.
 
-    spec_from  the checkpoint's folder (exact bytes from its headers) or a config.json as a mapping
+    model_config  what config.json holds
+    folder        the checkpoint's, whose headers give exact bytes; already checked by the caller
     Raises PlanError, RuleError, SpecError or DeviceError if the request cannot be obeyed here.
     """
-    folder = isinstance(spec_from, Path)
-    spec = ModelSpec.from_folder(spec_from) if folder else ModelSpec.from_config(dict(spec_from))
+    spec = _spec(model_config, folder)
     request, memory = config.for_dtype(format_of(dtype)), machine_memory()
     # First as if every device that the request names were here, so that a missing one is told apart
     # from one that is too small.
@@ -51,3 +53,12 @@ def make_promises(
         for name, layout in layouts.items()
     )
     return plan, promises
+
+
+def _spec(model_config: Mapping[str, Any], folder: Path | None) -> ModelSpec:
+    if folder is not None:
+        try:
+            return ModelSpec.from_folder(folder)
+        except LoadError:  # tensors whose names only transformers' tables know: sizes by the config
+            pass
+    return ModelSpec.from_config(dict(model_config))

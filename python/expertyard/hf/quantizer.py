@@ -78,9 +78,12 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
         sources = find_sources(model, checkpoint, layouts)
         for source in sources:
             check(checkpoint, source)
-        folder = Path(checkpoint_files[0]).parent
         plan, promises = make_promises(
-            self.quantization_config, folder, layouts, dtype or torch.get_default_dtype()
+            self.quantization_config,
+            {**model.config.to_dict(), "quantization_config": None},
+            layouts,
+            dtype or torch.get_default_dtype(),
+            folder=Path(checkpoint_files[0]).parent,
         )
         for name, module in modules.items():
             parent, _, leaf = name.rpartition(".")

@@ -103,7 +103,7 @@ def _token_ids(text: str | Tensor, tokenizer: Any) -> tuple[Tensor, int]:
         return text.reshape(-1).long(), text.numel() - 1
     if tokenizer is None:
         raise ValueError("tokenizer: needed to make tokens of a str; give one, or token ids")
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     num_bytes = len(text.encode())
     if tokenizer.bos_token_id is not None:
         ids.insert(0, tokenizer.bos_token_id)

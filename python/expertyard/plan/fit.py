@@ -54,7 +54,9 @@ def _advice(problem: Problem, request: Request, short_total: int) -> str:
 
 
 def _would_fit(problem: Problem, request: Request, format: str, context: int) -> bool:
-    layers = layer_costs(problem.spec, format, request.dense_format, context, request.batch)
+    layers = layer_costs(
+        problem.spec, format, request.dense_format, context, request.batch, problem.pins.formats
+    )
     outside = outside_modules(problem.spec, request.dense_format)
     return solve(replace(problem, layers=layers, outside=outside, context=context)) is not None
 

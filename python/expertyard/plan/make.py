@@ -6,8 +6,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from expertyard.errors import PlanError
+from expertyard.errors import ConfigError, PlanError
 from expertyard.memory import UNLIMITED, default_bandwidth, default_reserve, parse_reserve
 from expertyard.plan.fit import explain
 from expertyard.plan.merge import Merged, merge
@@ -24,7 +25,11 @@ from expertyard.plan.request import Request
 from expertyard.plan.solver import best_effort, fits, solve
 from expertyard.rules import Finding, read_pins
 from expertyard.rules.devices import device_order, is_gpu
+from expertyard.rules.pins import HOME
 from expertyard.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from expertyard.rules.profile import Profile
 
 
 def make_plan(
@@ -39,16 +44,35 @@ def make_plan(
     or does not fit.
     """
     request = request or Request()
-    inputs = [read_pins(field, value, spec) for field, value in request.inputs().items()]
+    profile = None
+    if request.profile is not None:
+        from expertyard.rules.profile import read_profile
+
+        profile = read_profile(request.profile, spec)
+        if request.strategy == "trace" and not profile.tokens:
+            raise ConfigError("strategy trace needs a trace in --profile; this is a profile.")
+    inputs = [read_pins(field, value, spec) for field, value in request.inputs(profile).items()]
     merged = merge(spec, inputs)
     capacities, given = _capacities(request, memory, merged)
     problem, findings = _problem(spec, request, merged, capacities, given)
+    if profile is not None:
+        problem = replace(problem, popularity=profile.weights)
     assignment = solve(problem)
     if assignment is None:
         assignment = best_effort(problem)
         if not fits(problem, assignment):
             raise PlanError(explain(problem, request, assignment))
+    if profile is not None and profile.tokens:
+        findings.append(_replayed(profile, assignment))
     return _plan(problem, request, assignment, given, list(merged.findings) + findings)
+
+
+def _replayed(profile: Profile, assignment: Assignment) -> Finding:
+    """Fixed experts against an LRU cache with as many slots as the plan has GPU experts."""
+    from expertyard.rules.replay import replay
+
+    slots = {i: sum(map(is_gpu, row)) for i, row in enumerate(assignment.experts)}
+    return Finding("note", "trace-replay", replay(profile.tokens, slots).sentence)
 
 
 def _capacities(
@@ -73,6 +97,10 @@ def _capacities(
                 f"Give it memory, as in --memory {name}=24GiB, or name another device."
             )
     return {name: sizes[name] for name in sorted(sizes, key=device_order)}, True
+
+
+def _wants_home(merged: Merged) -> bool:
+    return any(pin.device == HOME for row in merged.experts.values() for pin in row.values())
 
 
 def _who(merged: Merged, device: str) -> str:
@@ -113,14 +141,22 @@ def _problem(
                 bandwidth=speeds.get(name, default_bandwidth(name)),
             )
         )
+    if not any(map(is_gpu, capacities)) and _wants_home(merged):
+        raise PlanError("--gpu-experts needs a GPU, but the devices are cpu only.")
     problem = Problem(
         spec=spec,
         pins=merged,
         gpus=tuple(device for device in devices if device.is_gpu),
         cpu=next((device for device in devices if not device.is_gpu), None),
         layers=layer_costs(
-            spec, request.format, request.dense_format, request.context, request.batch
+            spec,
+            request.format,
+            request.dense_format,
+            request.context,
+            request.batch,
+            merged.formats,
         ),
+        strategy=request.strategy,
         outside=outside_modules(spec, request.dense_format),
         context=request.context,
         batch=request.batch,
@@ -212,6 +248,7 @@ def _groups(
     """Experts of a layer with equal fate, in the order of their first id."""
     pins = problem.pins.experts.get(number, {})
     groups: dict[ExpertGroup, list[int]] = {}
+    sizes: dict[ExpertGroup, int] = {}
     known: dict[tuple[int, str], ExpertGroup] = {}
     for expert, device in enumerate(placed):
         pin = pins.get(expert)
@@ -221,16 +258,17 @@ def _groups(
             known[key] = ExpertGroup(
                 ids=(),
                 device=device,
-                format=(pin.format if pin else "") or request.format,
+                format=(pin.format if pin else "") or problem.layers[number].format,
                 op=op,
                 prefill_op=(pin.prefill_op if pin else "") or op,
                 out_device=home,
                 why=pin.why if pin else "auto",
             )
         groups.setdefault(known[key], []).append(expert)
-    slot = problem.layers[number].slot
+        sizes.setdefault(known[key], problem.slot(number, pin))
     return tuple(
-        replace(group, ids=tuple(ids), bytes=slot * len(ids)) for group, ids in groups.items()
+        replace(group, ids=tuple(ids), bytes=sizes[group] * len(ids))
+        for group, ids in groups.items()
     )
 
 

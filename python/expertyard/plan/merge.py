@@ -18,6 +18,7 @@ class Merged:
     layers: Mapping[int, Pin] = field(default_factory=dict)
     experts: Mapping[int, Mapping[int, Pin]] = field(default_factory=dict)
     modules: Mapping[str, Pin] = field(default_factory=dict)
+    formats: Mapping[int, str] = field(default_factory=dict)
     devices: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     needs_gpu: bool = False
@@ -47,6 +48,7 @@ def merge(spec: ModelSpec, inputs: list[Pins]) -> Merged:
         layers=layers,
         experts=experts,
         modules=modules,
+        formats={layer: fmt for pins in reversed(inputs) for layer, fmt in pins.formats.items()},
         devices=tuple(dict.fromkeys(device for pins in inputs for device in pins.devices)),
         findings=tuple(finding for pins in inputs for finding in pins.findings),
         needs_gpu=any(pins.needs_gpu for pins in inputs),

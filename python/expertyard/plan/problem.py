@@ -7,12 +7,14 @@ Also the accounting: what an assignment takes of each device, and how long one t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from expertyard.memory import workspace_bytes
 from expertyard.plan.merge import Merged
 from expertyard.plan.model import DeviceUse
+from expertyard.rules.pins import Pin
 from expertyard.spec import ModelSpec
 from expertyard.spec.model import Module, shapes_bytes
 
@@ -42,6 +44,7 @@ class LayerCost:
     expert: int  # one expert's matrices
     bias: int  # one expert's biases
     share: float  # weight of an expert when nothing is known: top_k / num_experts
+    format: str  # of the routed experts
 
     @property
     def slot(self) -> int:
@@ -63,6 +66,7 @@ class Problem:
     context: int
     batch: int
     popularity: Mapping[int, Sequence[float]] | None = None
+    strategy: str = "uniform"
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -74,6 +78,18 @@ class Problem:
         if self.popularity is not None and layer in self.popularity:
             return self.popularity[layer]
         return (cost.share,) * cost.num_experts
+
+    def expert(self, layer: int, pin: Pin | None) -> tuple[int, int]:
+        """(bytes of matrices, of biases) of one expert; a pin may have a format of its own."""
+        cost = self.layers[layer]
+        if pin is None or not pin.format or pin.format == cost.format:
+            return cost.expert, cost.bias
+        spec = self.spec.layers[layer]
+        return spec.expert_bytes(pin.format), spec.expert_bias_bytes(pin.format)
+
+    def slot(self, layer: int, pin: Pin | None) -> int:
+        """Bytes of one expert."""
+        return sum(self.expert(layer, pin))
 
     def workspace(self, top: bool) -> int:
         return workspace_bytes(self.spec, self.context, self.batch, top)
@@ -95,22 +111,30 @@ class Assignment:
 
 
 def layer_costs(
-    spec: ModelSpec, format: str, dense_format: str, context: int, batch: int
+    spec: ModelSpec,
+    format: str,
+    dense_format: str,
+    context: int,
+    batch: int,
+    formats: Mapping[int, str] | None = None,
 ) -> tuple[LayerCost, ...]:
-    """Bytes of every layer in those formats."""
+    """Bytes of every layer; `formats` has layers whose experts are in another format."""
     costs: list[LayerCost] = []
     known: dict[object, LayerCost] = {}
     for layer in spec.layers:
-        key = (layer.dense, layer.experts, layer.stored_dense, layer.stored_experts, layer.window)
+        fmt = (formats or {}).get(layer.layer, format)
+        stored = (layer.stored_dense, layer.stored_experts)
+        key = (layer.dense, layer.experts, stored, layer.window, fmt)
         if key not in known:
             e = layer.experts
             known[key] = LayerCost(
                 dense=layer.dense_bytes(dense_format),
                 kv=layer.kv_bytes(context, batch),
                 num_experts=e.num_experts if e else 0,
-                expert=layer.expert_bytes(format),
-                bias=layer.expert_bias_bytes(format),
+                expert=layer.expert_bytes(fmt),
+                bias=layer.expert_bias_bytes(fmt),
                 share=e.top_k / e.num_experts if e else 0.0,
+                format=fmt,
             )
         costs.append(known[key])
     return tuple(costs)
@@ -149,13 +173,20 @@ def account(problem: Problem, assignment: Assignment) -> dict[str, DeviceUse]:
         placed = assignment.experts[number]
         if not placed:
             continue
-        share = problem.weights(number)
-        for device in set(placed):
-            chances = [w for d, w in zip(placed, share, strict=True) if d == device]
+        own = problem.pins.experts.get(number, {})
+        groups: dict[tuple[str, str], tuple[Pin | None, list[float]]] = {}
+        for expert, (device, chance) in enumerate(
+            zip(placed, problem.weights(number), strict=True)
+        ):
+            pin = own.get(expert)
+            key = (device, pin.format if pin else "")
+            groups.setdefault(key, (pin, []))[1].append(chance)
+        for (device, _), (pin, chances) in groups.items():
+            size, bias = problem.expert(number, pin)
             busy.add(device)
-            experts[device] += len(chances) * cost.expert
-            weights[device] += len(chances) * cost.bias
-            reads[device] += round(sum(chances) * cost.slot)
+            experts[device] += len(chances) * size
+            weights[device] += len(chances) * bias
+            reads[device] += round(math.fsum(chances) * (size + bias))
     for name, device in assignment.modules.items():
         size, read = problem.outside[name]
         weights[device] += size

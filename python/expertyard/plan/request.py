@@ -8,13 +8,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expertyard.errors import ConfigError
 from expertyard.formats import get_format
 from expertyard.memory import parse_memory, parse_size
 from expertyard.rules import GRAMMARS
 from expertyard.rules.devices import device_name
+from expertyard.rules.gpu_experts import Choice, check_strategy
+
+if TYPE_CHECKING:
+    from expertyard.rules.profile import Profile
 
 MAX_CONTEXT = 1 << 30
 
@@ -25,6 +29,13 @@ class Request:
 
     rules             KTransformers rules: a file's path, YAML text, or the list itself
     layers            "0:16;1:16", ["0:16", "1:16"], 16 or "16"
+    topology          mistral.rs' topology: a file's path, YAML text, or a dict
+    override_tensor   llama.cpp's -ot: "REGEX=DEVICE,...", or a list of such
+    cpu_moe           all routed experts on the CPU;  n_cpu_moe: those of the first N layers
+    device_map        accelerate's: a dict, a JSON file's path, or "auto"
+    gpu_experts       per MoE layer: 8, 0.25, "0-7,12", [0, 1], or {layer: ...}; the rest on the CPU
+    strategy          which experts go first: uniform, frequency, front, back, trace
+    profile           popularity of experts, or a routing trace: a file's path or the data
     memory            {"cuda:0": "22GiB", "cpu": "100GiB"} or the same as text: what may be used
     mb_resrv_per_gpu  MiB kept free per GPU: 512, [512, 1024], {0: 512}
     format            weight format of the routed experts
@@ -36,6 +47,14 @@ class Request:
 
     rules: Any = None
     layers: Any = None
+    topology: Any = None
+    override_tensor: Any = None
+    cpu_moe: bool = False
+    n_cpu_moe: int | str | None = None
+    device_map: Any = None
+    gpu_experts: Any = None
+    strategy: str = "uniform"
+    profile: Any = None
     memory: Mapping[Any, Any] | str | None = None
     mb_resrv_per_gpu: Any = None
     format: str = "bf16"
@@ -48,6 +67,9 @@ class Request:
     def __post_init__(self) -> None:
         get_format(self.format)
         get_format(self.dense_format)
+        check_strategy(self.strategy, self.profile)
+        if not isinstance(self.cpu_moe, bool):
+            raise ConfigError(f"cpu_moe: expected True or False, got {self.cpu_moe!r}.")
         for name in ("context", "batch"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= MAX_CONTEXT:
@@ -64,14 +86,26 @@ class Request:
                 raise ConfigError(f"unknown option {key!r}.{hint}")
         return cls(**values)
 
-    def inputs(self) -> dict[str, Any]:
-        """The placement inputs that are given, by field."""
-        given = {field: getattr(self, field, None) for field in GRAMMARS}
-        return {
-            field: value
-            for field, value in given.items()
-            if value is not None and value is not False
-        }
+    def inputs(self, profile: Profile | None = None) -> dict[str, Any]:
+        """The placement inputs that are given, by field, as their grammars take them."""
+        given = {field: getattr(self, field) for field in GRAMMARS}
+        given = {field: value for field, value in given.items() if value is not None}
+        overrides = self.overrides()
+        if overrides is not None:
+            given["override_tensor"] = overrides
+        if "gpu_experts" in given:
+            given["gpu_experts"] = Choice(self.gpu_experts, self.strategy, profile)
+        return given
+
+    def overrides(self) -> Any:
+        """-ot with --cpu-moe and --n-cpu-moe after it, as llama.cpp adds them."""
+        added = ["--cpu-moe"] if self.cpu_moe else []
+        if self.n_cpu_moe is not None:
+            added.append(f"--n-cpu-moe={self.n_cpu_moe}")
+        if not added or not isinstance(self.override_tensor, str | list | tuple | None):
+            return self.override_tensor
+        own = self.override_tensor
+        return [*([own] if isinstance(own, str) else own or []), *added]
 
     def memory_bytes(self) -> dict[str, int] | None:
         return None if self.memory is None else parse_memory(self.memory)
@@ -83,8 +117,10 @@ class Request:
         pairs: list[tuple[Any, Any]]
         if isinstance(self.bandwidth, str):
             pairs = [tuple(part.partition("=")[::2]) for part in self.bandwidth.split(",")]  # type: ignore[misc]
-        else:
+        elif isinstance(self.bandwidth, Mapping):
             pairs = list(self.bandwidth.items())
+        else:
+            raise ConfigError(f"bandwidth: expected a mapping or text, got {self.bandwidth!r}.")
         found: dict[str, float] = {}
         for name, speed in pairs:
             device = device_name(name)
@@ -107,7 +143,9 @@ class Request:
         """Devices to fill first, in that order."""
         if self.priority is None:
             return ()
-        names = self.priority.split(",") if isinstance(self.priority, str) else list(self.priority)
+        names = self.priority.split(",") if isinstance(self.priority, str) else self.priority
+        if not isinstance(names, list | tuple):
+            raise ConfigError(f"priority: expected a list of devices, got {names!r}.")
         devices = [device_name(name) for name in names]
         if None in devices:
             wrong = names[devices.index(None)]

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from expertyard.plan.problem import Assignment, Device, Problem, account, seconds_per_token
+from expertyard.rules.pins import HOME, Pin
 
 REMOTE = 0.9  # what a slot for another GPU's layer is worth: the same bytes, two more hops
 
@@ -60,10 +61,19 @@ def _all_on(problem: Problem, device: str) -> Assignment:
     for number, cost in enumerate(problem.layers):
         home = layers[number] if layers[number] != "cpu" else device
         own = pins.experts.get(number, {})
-        experts.append([own[e].device if e in own else home for e in range(cost.num_experts)])
+        experts.append(
+            [_at(problem, own[e], home) if e in own else home for e in range(cost.num_experts)]
+        )
     used = {*layers, *(d for row in experts for d in row)} - {"cpu"}
     modules = _modules(problem, device)
     return Assignment(layers, experts, modules, reserve_applied=len(used) > 1)
+
+
+def _at(problem: Problem, pin: Pin, layer_device: str) -> str:
+    """A pin's device; HOME is the layer's GPU, or the first one for a layer on the CPU."""
+    if pin.device != HOME:
+        return pin.device
+    return layer_device if layer_device != "cpu" else problem.gpus[0].name
 
 
 def _pinned(problem: Problem, layer: int) -> str | None:
@@ -132,7 +142,10 @@ def _rooms(problem: Problem, modules: dict[str, str]) -> list[_Room]:
             charge[home] += cost.dense + cost.kv
             waiting[home] += cost.num_experts - len(own)
         for pin in own.values():
-            charge[pin.device] += cost.slot
+            if pin.device != HOME:
+                charge[pin.device] += problem.slot(number, pin)
+            elif home is not None:
+                charge[_at(problem, pin, home)] += problem.slot(number, pin)
     for name, device in modules.items():
         charge[device] += problem.outside[name][0]
     head = modules.get("lm_head") or next(iter(modules.values()))
@@ -154,11 +167,13 @@ def _best_cut(problem: Problem, rooms: list[_Room], by_bytes: bool) -> tuple[flo
     slot = max((cost.slot for cost in problem.layers), default=0)
     share = max((cost.share for cost in problem.layers), default=0.0)
     own = problem.pins.experts
-    size, read, experts = [0], [0], [0]  # prefix sums over free layers
+    size, experts = [0], [0]  # prefix sums over free layers
+    read = [0.0]
     for i in free:
         cost = problem.layers[i]
-        size.append(size[-1] + cost.dense + cost.kv)
-        read.append(read[-1] + cost.dense + cost.kv)
+        along, along_read = _along(problem, i)
+        size.append(size[-1] + cost.dense + cost.kv + along)
+        read.append(read[-1] + cost.dense + cost.kv + along_read)
         experts.append(experts[-1] + cost.num_experts - len(own.get(i, {})))
     total = experts[-1] + sum(room.waiting for room in rooms) + _waiting_on_cpu(problem)
 
@@ -197,6 +212,18 @@ def _best_cut(problem: Problem, rooms: list[_Room], by_bytes: bool) -> tuple[flo
     return value, layers
 
 
+def _along(problem: Problem, layer: int) -> tuple[int, float]:
+    """(bytes, bytes read per token) of experts that are pinned to wherever their layer goes."""
+    own = problem.pins.experts.get(layer, {})
+    size, read = 0, 0.0
+    for expert, pin in own.items():
+        if pin.device == HOME:
+            slot = problem.slot(layer, pin)
+            size += slot
+            read += slot * problem.weights(layer)[expert]
+    return size, read
+
+
 def _waiting_on_cpu(problem: Problem) -> int:
     """Free experts of layers that are pinned to the CPU; a GPU may take them."""
     return sum(
@@ -212,7 +239,10 @@ def _fill(problem: Problem, layers: list[str], modules: dict[str, str]) -> Assig
     free: list[list[int]] = []
     for number, cost in enumerate(problem.layers):
         own = problem.pins.experts.get(number, {})
-        experts.append([own[e].device if e in own else "cpu" for e in range(cost.num_experts)])
+        home = layers[number]
+        experts.append(
+            [_at(problem, own[e], home) if e in own else "cpu" for e in range(cost.num_experts)]
+        )
         free.append([e for e in range(cost.num_experts) if e not in own])
     assignment = Assignment(layers, experts, modules)
     uses = account(problem, assignment)
@@ -221,13 +251,13 @@ def _fill(problem: Problem, layers: list[str], modules: dict[str, str]) -> Assig
         - (0 if uses[gpu.name].workspace else problem.workspace(False))
         for gpu in problem.gpus
     }  # fmt: skip
-    if problem.popularity is None:
-        for gpu in problem.gpus:
-            _spread_evenly(problem, assignment, free, left, gpu.name, own_only=True)
-        for gpu in problem.gpus:
-            _spread_evenly(problem, assignment, free, left, gpu.name, own_only=False)
-    else:
+    if problem.strategy in ("frequency", "trace"):
         _by_popularity(problem, assignment, free, left)
+        return assignment
+    place = _spread_evenly if problem.strategy == "uniform" else _from_one_end
+    for own_only in (True, False):
+        for gpu in problem.gpus:
+            place(problem, assignment, free, left, gpu.name, own_only)
     return assignment
 
 
@@ -260,6 +290,25 @@ def _spread_evenly(
                 assignment.experts[i][expert] = gpu
             del free[i][:number]
             left[gpu] -= number * s
+
+
+def _from_one_end(
+    problem: Problem,
+    assignment: Assignment,
+    free: list[list[int]],
+    left: dict[str, int],
+    gpu: str,
+    own_only: bool,
+) -> None:
+    """As many whole layers as there is room for, from the front or the back."""
+    rows = [i for i in range(len(free)) if not own_only or assignment.layers[i] == gpu]
+    for i in rows if problem.strategy == "front" else reversed(rows):
+        slot = problem.layers[i].slot
+        number = min(len(free[i]), max(left[gpu], 0) // slot) if slot else 0
+        for expert in free[i][:number]:
+            assignment.experts[i][expert] = gpu
+        del free[i][:number]
+        left[gpu] -= number * slot
 
 
 def _by_popularity(

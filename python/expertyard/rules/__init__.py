@@ -20,6 +20,10 @@ __all__ = ["GRAMMARS", "Finding", "Pin", "Pins", "read_pins"]
 GRAMMARS = {
     "rules": "kt",
     "layers": "ord_num",
+    "topology": "topology",
+    "override_tensor": "override_tensor",
+    "device_map": "device_map",
+    "gpu_experts": "gpu_experts",
 }
 
 

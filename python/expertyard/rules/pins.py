@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+HOME = "home"  # as a pin's device: the GPU of the layer, whichever the planner makes that
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -50,6 +52,7 @@ class Pins:
     experts: Mapping[int, tuple[Pin, ...]] = field(default_factory=dict)
     follow: Mapping[int, Pin] = field(default_factory=dict)
     modules: Mapping[str, Pin] = field(default_factory=dict)
+    formats: Mapping[int, str] = field(default_factory=dict)  # of a layer's routed experts
     devices: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     needs_gpu: bool = (

@@ -31,7 +31,7 @@ def format_ids(ids: Iterable[int]) -> str:
     """(0, 1, 2, 3, 8) -> '0-3,8'."""
     parts: list[str] = []
     first = last = None
-    for number in sorted(ids):
+    for number in sorted(set(ids)):
         if last is not None and number == last + 1:
             last = number
             continue

@@ -62,6 +62,12 @@ def place(rules: list[Rule], spec: ModelSpec, found: Matches, findings: list[Fin
         for i, layer in enumerate(layers)
         if (found_pins := _experts(i, layer, found, pins.get(i)))
     }
+    formats = {
+        i: rule.format
+        for i, layer in enumerate(layers)
+        for _, rule in layer.rules.get("experts", ())
+        if rule.format
+    }
     findings += _split_layers(layers, pins)
     findings += _out_mismatches(layers, pins)
     if mover is not None:
@@ -73,6 +79,7 @@ def place(rules: list[Rule], spec: ModelSpec, found: Matches, findings: list[Fin
         layers=pins,
         experts=experts,
         modules=modules,
+        formats=formats,
         devices=tuple(dict.fromkeys(_named(rules))),
         findings=tuple(findings),
         needs_gpu=True,
