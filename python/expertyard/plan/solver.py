@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from expertyard.plan.problem import Assignment, Device, Problem, account, seconds_per_token
 from expertyard.rules.pins import HOME, Pin
 
-REMOTE = 0.9  # what a slot for another GPU's layer is worth: the same bytes, two more hops
+# What a slot for another GPU's layer is worth: the same bytes, two more hops. With GPUs of
+# different
+# speed all three are tried: hops may pay (1.0), or room is plenty and only own layers count (0.0).
+REMOTE = (0.9, 1.0, 0.0)
 
 
 def solve(problem: Problem) -> Assignment | None:
@@ -30,11 +33,11 @@ def solve(problem: Problem) -> Assignment | None:
             found.append((seconds_per_token(problem, account(problem, whole)), whole))
     same_speed = len({gpu.bandwidth for gpu in problem.gpus}) <= 1
     if not found or not same_speed:
-        for by_bytes in (False, True):
-            cut = _cut(problem, by_bytes)
+        cuts = [_cut(problem, False, remote) for remote in (REMOTE[:1] if same_speed else REMOTE)]
+        cuts = [cut for cut in cuts if fits(problem, cut)] or [_cut(problem, True)]
+        for cut in cuts:
             if fits(problem, cut):
                 found.append((seconds_per_token(problem, account(problem, cut)), cut))
-                break
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
@@ -95,32 +98,26 @@ class _Room:
     waiting: int
 
 
-def _cut(problem: Problem, by_bytes: bool) -> Assignment:
+def _cut(problem: Problem, by_bytes: bool, remote: float = REMOTE[0]) -> Assignment:
     """The best cut over every device that could hold what lies outside the layers."""
     bases = [gpu.name for gpu in problem.gpus] + ["cpu"]
-    best: tuple[float, Assignment] | None = None
+    best: tuple[float, list[str], dict[str, str]] | None = None
     for base in bases:
         modules = _modules(problem, base)
         rooms = _rooms(problem, modules)
         base_room = next((room for room in rooms if room.device.name == base), None)
         if base_room is not None and base_room.left < 0:
             continue
-        value, layers = _best_cut(problem, rooms, by_bytes)
+        value, layers = _best_cut(problem, rooms, by_bytes, remote)
         for name, device in modules.items():
             size, read = problem.outside[name]
             value += size if by_bytes and device != "cpu" else read * _gain(problem, device)
         if best is None or value > best[0]:
-            best = (value, _fill(problem, layers, modules))
+            best = (value, layers, modules)
     if best is None:
-        best = (
-            0.0,
-            _fill(
-                problem,
-                [_pinned(problem, i) or "cpu" for i in range(len(problem.layers))],
-                _modules(problem, "cpu"),
-            ),
-        )
-    return best[1]
+        layers = [_pinned(problem, i) or "cpu" for i in range(len(problem.layers))]
+        best = (0.0, layers, _modules(problem, "cpu"))
+    return _fill(problem, *best[1:], by_bytes)
 
 
 def _gain(problem: Problem, device: str) -> float:
@@ -159,7 +156,9 @@ def _rooms(problem: Problem, modules: dict[str, str]) -> list[_Room]:
     ]
 
 
-def _best_cut(problem: Problem, rooms: list[_Room], by_bytes: bool) -> tuple[float, list[str]]:
+def _best_cut(
+    problem: Problem, rooms: list[_Room], by_bytes: bool, remote: float
+) -> tuple[float, list[str]]:
     """(value, device per layer): the ranges of free layers, one a GPU in order, that are worth
     most.
     """
@@ -183,7 +182,7 @@ def _best_cut(problem: Problem, rooms: list[_Room], by_bytes: bool) -> tuple[flo
     for room in rooms:
         gain = _gain(problem, room.device.name)
         per_byte = 1.0 if by_bytes else gain
-        per_slot = slot if by_bytes else share * slot * gain
+        per_slot = slot if by_bytes else max(share * slot * gain, 0.0)
         new = [float("-inf")] * (n + 1)
         choice = [0] * (n + 1)
         for i in range(n + 1):
@@ -197,7 +196,7 @@ def _best_cut(problem: Problem, rooms: list[_Room], by_bytes: bool) -> tuple[flo
                 slots = min(left // slot, total) if slot and left > 0 else 0
                 local = min(slots, experts[j] - experts[i] + room.waiting)
                 value = start + (read[j] - read[i]) * per_byte
-                value += (local + REMOTE * (slots - local)) * per_slot
+                value += (local + remote * (slots - local)) * per_slot
                 if value > new[j]:
                     new[j], choice[j] = value, i
         best = new
@@ -233,8 +232,13 @@ def _waiting_on_cpu(problem: Problem) -> int:
     )
 
 
-def _fill(problem: Problem, layers: list[str], modules: dict[str, str]) -> Assignment:
-    """Free experts into the room that is left: own layers first, then any."""
+def _fill(
+    problem: Problem, layers: list[str], modules: dict[str, str], by_bytes: bool
+) -> Assignment:
+    """Free experts into the room that is left: own layers first, then any, fast GPUs first.
+
+    A GPU that reads slower than the CPU gets none, unless the CPU has no room for them.
+    """
     experts: list[list[str]] = []
     free: list[list[int]] = []
     for number, cost in enumerate(problem.layers):
@@ -251,13 +255,15 @@ def _fill(problem: Problem, layers: list[str], modules: dict[str, str]) -> Assig
         - (0 if uses[gpu.name].workspace else problem.workspace(False))
         for gpu in problem.gpus
     }  # fmt: skip
+    quick = [gpu.name for gpu in problem.gpus if by_bytes or _gain(problem, gpu.name) > 0]
+    quick.sort(key=lambda name: -_gain(problem, name))
     if problem.strategy in ("frequency", "trace"):
-        _by_popularity(problem, assignment, free, left)
+        _by_popularity(problem, assignment, free, {name: left[name] for name in quick})
         return assignment
     place = _spread_evenly if problem.strategy == "uniform" else _from_one_end
     for own_only in (True, False):
-        for gpu in problem.gpus:
-            place(problem, assignment, free, left, gpu.name, own_only)
+        for gpu in quick:
+            place(problem, assignment, free, left, gpu, own_only)
     return assignment
 
 
@@ -327,7 +333,7 @@ def _by_popularity(
         if left.get(home, 0) >= slot:
             target = home
         else:
-            others = [gpu.name for gpu in problem.gpus if left[gpu.name] >= slot]
+            others = [gpu for gpu, room in left.items() if room >= slot]
             if not others:
                 continue
             target = others[0]

@@ -55,7 +55,7 @@ class Rule:
     @property
     def what(self) -> str:
         """The rule's condition, for messages."""
-        parts = [repr(self.pattern.pattern)] if self.pattern else []
+        parts = [f'"{self.pattern.pattern}"'] if self.pattern else []
         return " and ".join(parts + ([f"class {self.match_class}"] if self.match_class else []))
 
 
