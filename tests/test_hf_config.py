@@ -156,3 +156,16 @@ def test_the_documented_families_are_the_tested_ones():
         "glm4_moe",
         "gpt_oss",
     }
+
+
+def test_pickling_keeps_road_b_and_is_refused_on_road_a(folder, tmp_path):
+    model = load(folder, experts_implementation="expertyard")
+    ids = torch.tensor([[1, 2, 3]])
+    expected = model(ids).logits
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(again(ids).logits, expected)
+    ey.verify(again)
+    loaded = load(folder, quantization_config=ey.ExpertsConfig())
+    with pytest.raises(KernelError, match="cannot be pickled"):
+        torch.save(loaded, tmp_path / "loaded.pt")
