@@ -133,6 +133,14 @@ def test_loaded_models_say_what_they_can_do(folder, tmp_path):
         model.save_pretrained(tmp_path)
 
 
+def test_a_loaded_models_config_loads_again(folder):
+    """It carries an ExpertsConfig; alone, or beside the same again, it means the same."""
+    first = load(folder, quantization_config=ey.ExpertsConfig(format="bf16"))
+    for options in ({}, {"quantization_config": ey.ExpertsConfig(format="bf16")}):
+        again = load(folder, config=first.config, **options)
+        assert ey.verify(again).layers[0].format == "bf16"
+
+
 def test_loaded_models_can_be_copied_and_moved(folder):
     model = load(folder, quantization_config=ey.ExpertsConfig())
     packed = model.model.layers[0].mlp.experts.packed
