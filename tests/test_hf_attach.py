@@ -164,3 +164,10 @@ def test_backward_is_a_sentence():
     loss = model(**prompts()).logits.sum()
     with pytest.raises(KernelError, match="has no gradient"):
         loss.backward()
+
+
+def test_pickling_while_attached_is_a_sentence(tmp_path):
+    model = ey.attach(tiny_model("mixtral"))
+    with pytest.raises(ConfigError, match=r"Call expertyard\.detach\(model\) first"):
+        torch.save(model, tmp_path / "model.pt")
+    torch.save(ey.detach(model), tmp_path / "model.pt")

@@ -133,6 +133,14 @@ def test_loaded_models_say_what_they_can_do(folder, tmp_path):
         model.save_pretrained(tmp_path)
 
 
+def test_a_loaded_models_config_loads_again(folder):
+    """It carries an ExpertsConfig; alone, or beside the same again, it means the same."""
+    first = load(folder, quantization_config=ey.ExpertsConfig(format="bf16"))
+    for options in ({}, {"quantization_config": ey.ExpertsConfig(format="bf16")}):
+        again = load(folder, config=first.config, **options)
+        assert ey.verify(again).layers[0].format == "bf16"
+
+
 def test_loaded_models_can_be_copied_and_moved(folder):
     model = load(folder, quantization_config=ey.ExpertsConfig())
     packed = model.model.layers[0].mlp.experts.packed
@@ -156,3 +164,16 @@ def test_the_documented_families_are_the_tested_ones():
         "glm4_moe",
         "gpt_oss",
     }
+
+
+def test_pickling_keeps_road_b_and_is_refused_on_road_a(folder, tmp_path):
+    model = load(folder, experts_implementation="expertyard")
+    ids = torch.tensor([[1, 2, 3]])
+    expected = model(ids).logits
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(again(ids).logits, expected)
+    ey.verify(again)
+    loaded = load(folder, quantization_config=ey.ExpertsConfig())
+    with pytest.raises(KernelError, match="cannot be pickled"):
+        torch.save(loaded, tmp_path / "loaded.pt")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plan is obeyed or refused: one device and format a layer, on devices that exist."""
 
+import dataclasses
+
 import pytest
 
 from expertyard.dispatch import Placement, check_devices, place_experts
@@ -68,3 +70,10 @@ def test_a_device_that_cannot_be_used_says_why():
 
 def test_what_is_there_is_accepted():
     check_devices(plan((group(),), None, (group("cuda:0"),)), ["cpu", "cuda:0"])
+
+
+def test_another_prefill_op_is_said_not_to_be_used():
+    cpu = dataclasses.replace(group(), prefill_op="torch")
+    with pytest.warns(UserWarning, match="prefill_op 'torch' is not used"):
+        placed = place_experts(plan((cpu,)), {"a": 0}, FORMATS)
+    assert placed == {"a": Placement("cpu", "bf16")}

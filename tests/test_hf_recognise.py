@@ -207,5 +207,5 @@ def test_every_family_agrees_with_its_eager_code_or_is_refused():
         agreed.append(name)
     for what, names in (("agree", agreed), ("refused", refused), ("not built here", not_built)):
         print(f"{what} ({len(names)}): {', '.join(names)}")  # seen with pytest -s
-    assert len(agreed) >= 40
+    assert len(agreed) >= 30  # transformers 5.7 has 35 such classes, 5.23 has 65
     assert any("NemotronH" in name for name in refused)

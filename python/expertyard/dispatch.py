@@ -5,7 +5,8 @@ Pure: the caller says which layers have experts and which devices exist. Today t
 layer stay together; a plan that parts them is refused with a sentence, never bent.
 """
 
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from .errors import DeviceError, PlanError
@@ -41,6 +42,7 @@ def place_experts(
                 f"Layer {layers[name]}: the plan wants its experts in format {placement.format!r}. "
                 f"There is no kernel for it yet; choose one of {', '.join(formats)}."
             )
+    _note_prefill(planned[number] for number in layers.values())
     return placements
 
 
@@ -82,11 +84,22 @@ def _placement(name: str, layer: LayerPlan | None) -> Placement:
             "yet: the experts of one layer stay together. Place whole layers."
         )
     for group in layer.experts:
-        for op in {group.op, group.prefill_op} - {""}:
-            runs = _OPS.get(group.device.partition(":")[0])
-            if op != runs:
-                raise PlanError(
-                    f"Layer {layer.layer}: the plan runs its experts with op {op!r} on "
-                    f"{group.device}. There only op {runs!r} is supported yet ({group.why})."
-                )
+        runs = _OPS.get(group.device.partition(":")[0])
+        if group.op != runs:
+            raise PlanError(
+                f"Layer {layer.layer}: the plan runs its experts with op {group.op!r} on "
+                f"{group.device}. There only op {runs!r} is supported yet ({group.why})."
+            )
     return placements.pop()
+
+
+def _note_prefill(layers: Iterable[LayerPlan]) -> None:
+    """Says where a plan's prefill_op is not used; the result is the same, only not its speed."""
+    groups = [group for layer in layers for group in layer.experts or ()]
+    others = sorted({g.prefill_op for g in groups if g.prefill_op not in ("", g.op)})
+    if others:
+        warnings.warn(
+            f"prefill_op {', '.join(map(repr, others))} is not used: the kernel that generates "
+            "also runs the prompt, with the same result. Leave prefill_op out.",
+            stacklevel=2,
+        )

@@ -5,8 +5,8 @@ Modules, classes and parameters stay the objects that they are; only the `forwar
 module is covered by ours, on the instance. detach() uncovers it.
 """
 
+import copy
 from dataclasses import replace
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -85,6 +85,25 @@ def detach(model: Any) -> Any:
     return model
 
 
+class _Forward:
+    """Our forward in the place of a module's own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return experts_forward(self.module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Forward":
+        return _Forward(copy.deepcopy(self.module, memo))
+
+    def __reduce__(self) -> Any:
+        raise ConfigError(
+            "A model that runs on Expertyard by attach() cannot be pickled. Call "
+            "expertyard.detach(model) first, and attach() again after loading."
+        )
+
+
 def _slot(module: nn.Module) -> str:
     # accelerate's hook is in `forward` and calls what was there before by this name
     return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
@@ -95,7 +114,7 @@ def _cover(module: nn.Module) -> None:
     covered_by_accelerate = module.__dict__.get(slot)
     if covered_by_accelerate is not None:
         module.__dict__["_expertyard_covered"] = covered_by_accelerate
-    module.__dict__[slot] = MethodType(experts_forward, module)
+    module.__dict__[slot] = _Forward(module)
 
 
 def _uncover(module: nn.Module) -> None:
@@ -111,5 +130,4 @@ def _uncover(module: nn.Module) -> None:
 
 def covered(module: nn.Module) -> bool:
     """Whether attach() has covered this module's forward."""
-    forward = module.__dict__.get(_slot(module))
-    return getattr(forward, "__func__", None) is experts_forward
+    return isinstance(module.__dict__.get(_slot(module)), _Forward)

@@ -43,6 +43,10 @@ class ExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """quant_method and the keywords that were given."""
         return {"quant_method": QUANT_METHOD, **self.given}
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """As a dictionary's: transformers reads a loaded model's config like one from a file."""
+        return self.to_dict().get(key, default)
+
     def __iter__(self) -> Any:
         return iter(self.to_dict().items())
 
