@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertyard import ModelSpec, Request, make_plan
-from expertyard.errors import PlanError
+from expertyard.errors import PlanError, RuleError
 from expertyard.plan import Plan
 from expertyard.plan.export import _runs, export
 
@@ -28,7 +28,9 @@ def places(plan: Plan) -> list[Any]:
 
 
 def read_back(spec: ModelSpec, kind: str, text: str) -> Plan:
-    field = {"kt": "rules", "ord": "layers", "ot": "override_tensor", "device_map": "device_map"}[kind]
+    field = {"kt": "rules", "ord": "layers", "ot": "override_tensor", "device_map": "device_map"}[
+        kind
+    ]
     return make_plan(spec, Request(**{field: json.loads(text) if kind == "device_map" else text}))
 
 
@@ -38,9 +40,7 @@ def device_maps(draw: st.DrawFn, single_experts: bool) -> tuple[ModelSpec, dict[
     spec = SPECS[draw(st.sampled_from(sorted(SPECS)))]
     table = {m.name: draw(devices) for m in spec.tree if m.layer is None and m.shapes}
     for module in spec.tree:
-        if module.part == "layer":
-            table[module.name] = draw(devices)
-        elif module.part == "experts" and draw(st.booleans()):
+        if module.part == "layer" or (module.part == "experts" and draw(st.booleans())):
             table[module.name] = draw(devices)
         if module.part == "experts" and single_experts and draw(st.integers(0, 5)) == 0:
             for expert in draw(st.sets(st.integers(0, 7), max_size=3)):
@@ -61,7 +61,9 @@ def test_anything_round_trips(kind: str, drawn: tuple[ModelSpec, dict[str, str]]
 
 @given(device_maps(single_experts=False))
 @settings(max_examples=20, deadline=None)
-def test_whole_layers_of_experts_round_trip_through_ot(drawn: tuple[ModelSpec, dict[str, str]]) -> None:
+def test_whole_layers_of_experts_round_trip_through_ot(
+    drawn: tuple[ModelSpec, dict[str, str]],
+) -> None:
     spec, table = drawn
     for module in spec.tree:  # llama.cpp has no vision tower in the model's file
         if module.part == "vision":
@@ -85,7 +87,9 @@ def test_formats_and_operators_survive_kt() -> None:
     spec = SPECS["OLMoE"]
     plan = make_plan(spec, Request(memory="cuda:0=4GiB,cpu=64GiB", format="int4"))
     again = read_back(spec, "kt", export(plan, spec, "kt"))
-    assert [layer.experts and [(g.ids, g.format, g.op) for g in layer.experts] for layer in again.layers] == [
+    assert [
+        layer.experts and [(g.ids, g.format, g.op) for g in layer.experts] for layer in again.layers
+    ] == [
         layer.experts and [(g.ids, g.format, g.op) for g in layer.experts] for layer in plan.layers
     ]
 
@@ -106,3 +110,46 @@ def test_number_patterns_match_exactly_their_numbers(numbers: set[int]) -> None:
 
     pattern = re.compile(_runs(numbers))
     assert {n for n in range(500) if pattern.fullmatch(str(n))} == numbers
+
+
+@given(device_maps(single_experts=True))
+@settings(max_examples=20, deadline=None)
+def test_a_saved_plan_is_an_input(drawn: tuple[ModelSpec, dict[str, str]]) -> None:
+    spec, table = drawn
+    plan = make_plan(spec, Request(device_map=table, format="int4"))
+    again = make_plan(spec, Request(plan=plan.to_json()))
+    assert again.layers == plan.layers and again.modules == plan.modules
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": 2}, "schema"),
+        ({"layers": []}, "0 layers"),
+        ({"modules": 3}, "modules"),
+        ({"modules": {"lm_head": "x"}}, "lm_head"),
+    ],
+)
+def test_a_saved_plan_that_does_not_suit_is_explained(change: dict[str, Any], said: str) -> None:
+    data = make_plan(SPECS["OLMoE"], Request()).to_json()
+    with pytest.raises(RuleError, match=said):
+        make_plan(SPECS["OLMoE"], Request(plan={**data, **change}))
+    with pytest.raises(RuleError, match="16 layers"):
+        make_plan(SPECS["Mixtral-8x7B"], Request(plan=data))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("ids", "0-62", "each of 64 experts once"),
+        ("format", "int5", "int5"),
+        ("op", "tpu", "tpu"),
+        ("device", None, "device"),
+        ("ids", "x", "ids"),
+    ],
+)
+def test_a_saved_group_that_is_wrong_is_explained(key: str, value: Any, said: str) -> None:
+    data = make_plan(SPECS["OLMoE"], Request()).to_json()
+    data["layers"][3]["experts"][0][key] = value
+    with pytest.raises(RuleError, match=f"layer 3.*{said}"):
+        make_plan(SPECS["OLMoE"], Request(plan=data))

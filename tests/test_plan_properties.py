@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Promises of every plan: each expert once, no device over its memory, pins kept, more memory never slower."""
+"""Promises of every plan: each expert once, no device over its memory, pins kept, more memory never
+slower.
+"""
 
 import contextlib
 from typing import Any
@@ -127,7 +129,7 @@ grammar = st.text("blk.\\d0-9[](){}|=,;:exps*+?^$ CPUDAcuda:/-\n'\"#&<", max_siz
 FIELDS = (
     "rules", "layers", "topology", "override_tensor", "device_map", "gpu_experts", "memory",
     "mb_resrv_per_gpu", "n_cpu_moe", "profile", "bandwidth", "priority", "context", "format",
-    "strategy", "cpu_moe",
+    "strategy", "cpu_moe", "plan",
 )  # fmt: skip
 
 
@@ -147,8 +149,12 @@ def test_any_value_plans_or_raises_ours(field: str, value: Any) -> None:
 @st.composite
 def rule_files(draw: st.DrawFn) -> Any:
     """Lists that look like rules, with some of it wrong."""
-    names = st.sampled_from(["^model$", r"^model\.layers\.([0-9])\.mlp\.experts$", "experts", "(", ""])
-    classes = st.sampled_from(["default", "x.KTransformersExperts", "torch.nn.Linear", "KMoEGate", 3])
+    names = st.sampled_from(
+        ["^model$", r"^model\.layers\.([0-9])\.mlp\.experts$", "experts", "(", ""]
+    )
+    classes = st.sampled_from(
+        ["default", "x.KTransformersExperts", "torch.nn.Linear", "KMoEGate", 3]
+    )
     devices = st.sampled_from(["cpu", "cuda", "cuda:1", "npu:0", "gpu?", None, 0])
     kwargs = st.dictionaries(
         st.sampled_from(["generate_device", "out_device", "prefill_device", "typo"]), devices

@@ -9,7 +9,7 @@ from .native import _C
 
 __all__ = ["machine_memory", "unusable_devices"]
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def machine_memory() -> dict[str, int]:
@@ -34,17 +34,47 @@ def _gpus() -> int:
 
 
 def _free_ram() -> int:
-    """MemAvailable, or what the control group leaves of its limit, whichever is less."""
+    """MemAvailable, or what a control group leaves of its limit, whichever is less."""
     free = [_mem_available()]
-    for limit, used in (
-        (_CGROUP / "memory.max", _CGROUP / "memory.current"),
-        (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free.append(max(0, int(limit.read_text()) - int(used.read_text())))
-        except (OSError, ValueError):  # no such control group, or the word "max": no limit
-            continue
+    for folder in _control_groups():
+        for limit, used, cache in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            try:
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                left += _field(folder / "memory.stat", cache)  # given back when memory is short
+            except (OSError, ValueError):  # no such control group, or the word "max": no limit
+                continue
+            free.append(max(0, left))
     return min(free)
+
+
+def _control_groups() -> list[Path]:
+    """The folders of this process's control groups for memory, and of those around them."""
+    found: list[Path] = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = _CGROUPS / "memory" if controllers else _CGROUPS
+        inner = root / path.strip("/")
+        # inside a container the path may be the host's: then only the root is there
+        found += [folder for folder in (inner, *inner.parents) if folder.is_relative_to(root)]
+    return found
+
+
+def _field(file: Path, name: str) -> int:
+    """The number after `name` in a file of `name number` lines."""
+    for line in file.read_text().splitlines():
+        key, _, value = line.partition(" ")
+        if key == name:
+            return int(value)
+    return 0
 
 
 def _mem_available() -> int:
