@@ -163,8 +163,8 @@ Tensor moe_experts_cuda(const Tensor& hidden_states, const Tensor& topk_ids,
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor workspace = torch::stable::new_empty(
       call.hidden_states, {ey::cuda::workspace_bytes(call.args)}, ScalarType::Byte);
-  const ey::Status done =
-      ey::cuda::moe_experts(call.args, workspace.mutable_data_ptr(), current_cuda_stream(device));
+  const ey::Status done = ey::cuda::moe_experts(device, call.args, workspace.mutable_data_ptr(),
+                                                current_cuda_stream(device));
   EY_CHECK(done.ok, done.what);
   call.entry->last_isa.store(ey::cuda::kernel_isa(call.args), std::memory_order_relaxed);
   call.entry->calls.fetch_add(1, std::memory_order_relaxed);

@@ -32,6 +32,6 @@ Status free_table(int, ExpertSet*) { return {}; }
 Status take_bad_id(const ExpertSet&) { return {}; }
 int64_t workspace_bytes(const MoeArgs&) { return 0; }
 const char* kernel_isa(const MoeArgs&) { return "absent"; }
-Status moe_experts(const MoeArgs&, void*, void*) { return absent(); }
+Status moe_experts(int, const MoeArgs&, void*, void*) { return absent(); }
 
 }  // namespace ey::cuda

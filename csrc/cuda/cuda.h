@@ -46,12 +46,12 @@ int64_t workspace_bytes(const MoeArgs& args);
 // The kernels that moe_experts picks: "cuda_rows", "cuda_tiles". A string that lives for ever.
 const char* kernel_isa(const MoeArgs& args);
 
-// The op of moe.h on the current device; all pointers are its memory. Queues work on the stream and
-// returns: no wait, no allocation, can be captured in a CUDA graph. Calls that may overlap need
-// workspaces of their own.
+// The op of moe.h on this device; all pointers are its memory, and the stream is its own. Queues
+// work and returns: no wait, no allocation, can be captured in a CUDA graph. Calls that may overlap
+// need workspaces of their own.
 //
 // An id outside -1..num_experts makes its token's row NaN, and the next call on this set (or
 // take_bad_id) reports it: finding it earlier would mean waiting for the GPU.
-Status moe_experts(const MoeArgs& args, void* workspace, void* stream);
+Status moe_experts(int device, const MoeArgs& args, void* workspace, void* stream);
 
 }  // namespace ey::cuda

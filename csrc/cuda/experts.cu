@@ -63,7 +63,7 @@ int64_t workspace_bytes(const MoeArgs& args) {
 
 const char* kernel_isa(const MoeArgs& args) { return family_of(args).isa; }
 
-Status moe_experts(const MoeArgs& args, void* workspace, void* stream) {
+Status moe_experts(int device, const MoeArgs& args, void* workspace, void* stream) {
   const ExpertSet& set = *args.set;
   if (Status s = take_bad_id(set); !s.ok) return s;
   if (args.num_tokens == 0 || set.hidden_size == 0) return {};
@@ -73,6 +73,10 @@ Status moe_experts(const MoeArgs& args, void* workspace, void* stream) {
         "hidden_size %lld and intermediate_size %lld: no CUDA kernel serves sizes that large",
         (long long)set.hidden_size, (long long)set.intermediate_size);
   }
+  // Set in this runtime too: torch has a copy of its own, and in a thread that has no context yet
+  // each copy believes in device 0.
+  const CurrentDevice current(device);
+  if (current.error() != cudaSuccess) return cuda_failed(current.error(), "cudaSetDevice");
   const int64_t run_tokens = tokens_per_run(args, family);
   for (int64_t first = 0; first < args.num_tokens; first += run_tokens) {
     const int64_t left = args.num_tokens - first;

@@ -18,10 +18,11 @@ class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {
     error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess) error_ = cudaSetDevice(device);
+    changed_ = error_ == cudaSuccess && before_ != device;
+    if (changed_) error_ = cudaSetDevice(device);
   }
   ~CurrentDevice() {
-    if (error_ == cudaSuccess) cudaSetDevice(before_);
+    if (changed_) cudaSetDevice(before_);
   }
   CurrentDevice(const CurrentDevice&) = delete;
   CurrentDevice& operator=(const CurrentDevice&) = delete;
@@ -29,6 +30,7 @@ class CurrentDevice {
 
  private:
   int before_ = 0;
+  bool changed_;
   cudaError_t error_;
 };
 

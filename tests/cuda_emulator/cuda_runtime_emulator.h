@@ -43,6 +43,7 @@ struct Machine {
   int64_t allocations_left = -1;      // then cudaErrorMemoryAllocation; < 0: without end
   std::map<void*, size_t> allocated;  // device and pinned
   int device = 0;                     // the current one
+  int launch_device = -1;             // of the last kernel
   int capture_mode = cudaStreamCaptureModeGlobal;
   std::string failure;  // of the kernel that failed last
 };
@@ -147,6 +148,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   // More than 48 KiB must have been asked for.
   const int allowed = emu::machine.shared_bytes_of[reinterpret_cast<const void*>(kernel)];
   if (shared_bytes > size_t(std::max(allowed, 48 * 1024))) return cudaErrorInvalidValue;
+  emu::machine.launch_device = emu::machine.device;
   try {
     emu::Grid(grid, block, shared_bytes, [=] { kernel(arguments...); }).run();
   } catch (const emu::Failure& failure) {

@@ -124,7 +124,7 @@ class Problem {
   ey::Status run() {
     std::memset(out_.data(), 0xff, out_bytes_);
     const Guarded workspace(size_t(ey::cuda::workspace_bytes(args)), 256);
-    return ey::cuda::moe_experts(args, workspace.data(), nullptr);
+    return ey::cuda::moe_experts(0, args, workspace.data(), nullptr);
   }
   std::vector<char> result() const { return {out_.data(), out_.data() + out_bytes_}; }
   double got(size_t i) const { return testing::get(out_.data(), shape.hidden_dtype, i); }
@@ -485,7 +485,7 @@ TEST(more_experts_than_threads_route) {
 TEST(sizes_beyond_the_grid_are_refused) {
   Problem problem(Shape{}, 1);
   problem.set.hidden_size = int64_t(1) << 30;
-  const ey::Status status = ey::cuda::moe_experts(problem.args, nullptr, nullptr);
+  const ey::Status status = ey::cuda::moe_experts(0, problem.args, nullptr, nullptr);
   CHECK(!status.ok);
   check_contains(status.what, "no CUDA kernel serves sizes that large");
 }
@@ -537,6 +537,25 @@ TEST(a_device_that_is_not_there_is_named) {
   CHECK(ey::cuda::device_facts(1, &facts).ok);
   CHECK(std::string(facts.name) == "Emulated GPU" && facts.major == 9 && facts.free_bytes > 0);
   CHECK(emu::machine.device == 0);  // as it was
+}
+
+TEST(a_call_runs_on_its_own_device_and_leaves_the_current_one) {
+  emu::machine.devices = 2;
+  Problem problem(Shape{}, 1);
+  CHECK(ey::cuda::prepare(1).ok);
+  const Guarded workspace(size_t(ey::cuda::workspace_bytes(problem.args)), 256);
+  CHECK(ey::cuda::moe_experts(1, problem.args, workspace.data(), nullptr).ok);
+  CHECK(emu::machine.launch_device == 1 && emu::machine.device == 0);
+  problem.check();
+  const ey::Status none = ey::cuda::moe_experts(2, problem.args, workspace.data(), nullptr);
+  check_contains(none.what, "cudaSetDevice");
+  CHECK(emu::machine.device == 0);
+}
+
+TEST(a_launch_that_fails_is_reported) {
+  Problem problem(Shape{}, 1);
+  emu::machine.has_code = false;
+  check_contains(problem.run().what, "launching the CUDA experts kernels: CUDA error 209");
 }
 
 TEST(an_architecture_without_code_is_named) {
