@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from expertyard.cli.doctor import isa_problem
-from expertyard.cli.plan import add_request_arguments, print_table
+from expertyard.cli.plan import add_request_arguments, print_rich
 from expertyard.errors import ConfigError, LoadError, PlanError
 
 EXAMPLES = """examples:
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         check_length(model, prompt_ids.shape[1], args.max_new_tokens)
         promise = promise_of(model)
         if promise is not None and promise.plan is not None:
-            print_table(promise.plan)
+            print_rich(promise.plan.table())
             print()
         for line in summary(verify(model)):
             print(line)
