@@ -25,7 +25,7 @@ EXAMPLES = """examples:
   expertyard run ./Mixtral-8x7B --rules rules.yaml --max-new-tokens 500
   EXPERTYARD_ISA=avx2 expertyard run
 """
-PROMPT = "A regular expression is"
+PROMPT = "If you want to"
 QUIET_BYTES = 1 << 30  # transformers' own progress bars are worth seeing above this
 
 
@@ -52,8 +52,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--prompt", metavar="TEXT", default=PROMPT, help=f"default: {PROMPT!r}")
     add("--chat", action="store_true", help="put the prompt into the model's chat template")
     add("--max-new-tokens", type=int, metavar="N", default=200, help="default: 200")
-    add("--temperature", type=float, metavar="T", default=0.5, help="0: greedy (default: 0.5)")
-    add("--seed", type=int, metavar="N", default=0, help="of the sampling (default: 0)")
+    add("--temperature", type=float, metavar="T", default=0.45, help="0: greedy (default: 0.45)")
+    add("--seed", type=int, metavar="N", default=4, help="of the sampling (default: 4)")
     request = parser.add_argument_group("what goes where: the same as of `expertyard plan`")
     add_request_arguments(request)
     other = parser.add_argument_group("other")
