@@ -53,8 +53,11 @@ def test_json_is_the_fixed_schema(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert data["transfers"] == {"16": "cuda:1"}
     layer = data["layers"][16]
     assert {k: layer[k] for k in ("layer", "device", "dense_format", "why")} == {
-        "layer": 16, "device": "cuda:1", "dense_format": "bf16", "why": "--layers 1:16",
-    }  # fmt: skip
+        "layer": 16,
+        "device": "cuda:1",
+        "dense_format": "bf16",
+        "why": "--layers 1:16",
+    }
     (group,) = layer["experts"]
     assert group["ids"] == "0-7"
     assert set(group) >= {"ids", "device", "format", "op", "prefill_op", "out_device", "why"}
@@ -89,14 +92,26 @@ def test_strict_turns_warnings_into_exit_1(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     "args",
     [
-        ["NoSuchModel"], ["./no/such/folder"], ["Mixtral-8x7B", "-n", "0:a"],
-        ["Mixtral-8x7B", "--rules", "nowhere.yaml"], ["Mixtral-8x7B", "--memory", "cuda:0"],
-        ["Mixtral-8x7B", "--memory", "cuda:0=1GiB,cpu=1GiB"], ["Mixtral-8x7B", "--format", "int5"],
-        ["Mixtral-8x7B", "--context", "0"], ["Mixtral-8x7B", "-n", "3:1", "--memory", "cpu=200GiB"],
+        ["NoSuchModel"],
+        ["./no/such/folder"],
+        ["Mixtral-8x7B", "-n", "0:a"],
+        ["Mixtral-8x7B", "--rules", "nowhere.yaml"],
+        ["Mixtral-8x7B", "--memory", "cuda:0"],
+        ["Mixtral-8x7B", "--memory", "cuda:0=1GiB,cpu=1GiB"],
+        ["Mixtral-8x7B", "--format", "int5"],
+        ["Mixtral-8x7B", "--context", "0"],
+        ["Mixtral-8x7B", "-n", "3:1", "--memory", "cpu=200GiB"],
         ["Mixtral-8x7B", "--save", "/nowhere/at/all.json"],
+        ["Mixtral-8x7B", "--svg", "/nowhere/at/all.svg"],
+        ["Mixtral-8x7B", "--what-if=--nothing"],
+        ["Mixtral-8x7B", "--what-if", "--context x"],
+        ["Mixtral-8x7B", "--what-if", "'"],
+        ["Mixtral-8x7B", "--export", "toml"],
+        ["Mixtral-8x7B", "--export", "kt", "--json"],
+        ["Mixtral-8x7B", "--plan", "nowhere.json"],
         ["Mixtral-8x7B", "--mb-resrv-per-gpu", "x", "--memory", "cuda:0=99GiB"],
     ],
-)  # fmt: skip
+)
 def test_an_error_is_one_sentence_on_stderr_and_exit_2(
     args: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,3 +169,49 @@ def test_the_plan_subcommand_can_be_added_to_a_parser() -> None:
     plan.add_parser(parser.add_subparsers())
     args: Any = parser.parse_args(["plan", "OLMoE", "--json"])
     assert args.run is plan.run and args.target == "OLMoE"
+
+
+def test_a_saved_plan_is_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    saved = str(tmp_path / "plan.json")
+    assert main(["OLMoE", "--gpu-experts", "8", "--save", saved, "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert main(["OLMoE", "--plan", saved, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == first["layers"]
+
+
+def test_what_if_compares_two_requests(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["Qwen3-30B-A3B", "--memory", "cuda:0=24GiB,cpu=64GiB", "--what-if", "--format int4"]
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    for word in ("this request", "what if", "tokens/s", "layers placed otherwise"):
+        assert word in out
+    assert main([*args, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    formats = [data["layers"][0]["experts"][0], data["what_if"]["layers"][0]["experts"][0]]
+    assert [group["format"] for group in formats] == ["bf16", "int4"]
+
+
+def test_exports_print_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["Mixtral-8x7B", "-n", "0:16;1:16", "--export", "ord"]) == 0
+    assert capsys.readouterr().out == "0:16;1:16\n"
+
+
+def test_the_picture_is_xml_with_every_device(tmp_path: Path) -> None:
+    import xml.etree.ElementTree as ET
+
+    path = tmp_path / "plan.svg"
+    profile = tmp_path / "p.json"
+    profile.write_text(json.dumps([[e + 1 for e in range(64)] for _ in range(16)]))
+    memory = ["--memory", "cuda:0=4GiB,cpu=64GiB", "--profile", str(profile)]
+    assert main(["OLMoE", *memory, "--strategy", "frequency", "--svg", str(path)]) == 0
+    root = ET.parse(path).getroot()
+    text = "".join(root.itertext())
+    assert "cuda:0" in text and "cpu" in text and "OLMoE" in text
+    shades = {rect.get("fill-opacity") for rect in root.iter("{http://www.w3.org/2000/svg}rect")}
+    assert len(shades) > 4
+
+
+def test_an_error_writes_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    args = ["OLMoE", "--gpu-experts", "8", "--export", "ord", "--save", str(path)]
+    assert main(args) == 2 and not path.exists()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertyard import ModelSpec, Request, make_plan
-from expertyard.errors import PlanError
+from expertyard.errors import PlanError, RuleError
 from expertyard.plan import Plan
 from expertyard.plan.export import _runs, export
 
@@ -38,9 +38,7 @@ def device_maps(draw: st.DrawFn, single_experts: bool) -> tuple[ModelSpec, dict[
     spec = SPECS[draw(st.sampled_from(sorted(SPECS)))]
     table = {m.name: draw(devices) for m in spec.tree if m.layer is None and m.shapes}
     for module in spec.tree:
-        if module.part == "layer":
-            table[module.name] = draw(devices)
-        elif module.part == "experts" and draw(st.booleans()):
+        if module.part == "layer" or (module.part == "experts" and draw(st.booleans())):
             table[module.name] = draw(devices)
         if module.part == "experts" and single_experts and draw(st.integers(0, 5)) == 0:
             for expert in draw(st.sets(st.integers(0, 7), max_size=3)):
@@ -106,3 +104,46 @@ def test_number_patterns_match_exactly_their_numbers(numbers: set[int]) -> None:
 
     pattern = re.compile(_runs(numbers))
     assert {n for n in range(500) if pattern.fullmatch(str(n))} == numbers
+
+
+@given(device_maps(single_experts=True))
+@settings(max_examples=20, deadline=None)
+def test_a_saved_plan_is_an_input(drawn: tuple[ModelSpec, dict[str, str]]) -> None:
+    spec, table = drawn
+    plan = make_plan(spec, Request(device_map=table, format="int4"))
+    again = make_plan(spec, Request(plan=plan.to_json()))
+    assert again.layers == plan.layers and again.modules == plan.modules
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": 2}, "schema"),
+        ({"layers": []}, "0 layers"),
+        ({"modules": 3}, "modules"),
+        ({"modules": {"lm_head": "x"}}, "lm_head"),
+    ],
+)
+def test_a_saved_plan_that_does_not_suit_is_explained(change: dict[str, Any], said: str) -> None:
+    data = make_plan(SPECS["OLMoE"], Request()).to_json()
+    with pytest.raises(RuleError, match=said):
+        make_plan(SPECS["OLMoE"], Request(plan={**data, **change}))
+    with pytest.raises(RuleError, match="16 layers"):
+        make_plan(SPECS["Mixtral-8x7B"], Request(plan=data))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("ids", "0-62", "each of 64 experts once"),
+        ("format", "int5", "int5"),
+        ("op", "tpu", "tpu"),
+        ("device", None, "device"),
+        ("ids", "x", "ids"),
+    ],
+)
+def test_a_saved_group_that_is_wrong_is_explained(key: str, value: Any, said: str) -> None:
+    data = make_plan(SPECS["OLMoE"], Request()).to_json()
+    data["layers"][3]["experts"][0][key] = value
+    with pytest.raises(RuleError, match=f"layer 3.*{said}"):
+        make_plan(SPECS["OLMoE"], Request(plan=data))

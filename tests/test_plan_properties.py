@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Promises of every plan: each expert once, no device over its memory, pins kept, more memory never slower."""
+"""Promises of every plan: each expert once, no device over its memory, pins kept, more memory never
+slower.
+"""
 
 import contextlib
 from typing import Any
@@ -127,7 +129,7 @@ grammar = st.text("blk.\\d0-9[](){}|=,;:exps*+?^$ CPUDAcuda:/-\n'\"#&<", max_siz
 FIELDS = (
     "rules", "layers", "topology", "override_tensor", "device_map", "gpu_experts", "memory",
     "mb_resrv_per_gpu", "n_cpu_moe", "profile", "bandwidth", "priority", "context", "format",
-    "strategy", "cpu_moe",
+    "strategy", "cpu_moe", "plan",
 )  # fmt: skip
 
 

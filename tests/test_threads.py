@@ -15,10 +15,10 @@ from expertyard import moe_experts
 from expertyard.native import _C
 from expertyard.testing import random_problem
 
-PROBLEM = {
-    "num_tokens": 24,
-    "hidden_size": 192,
-    "intermediate_size": 96,
+PROBLEM = {  # large enough that a call uses more than one thread
+    "num_tokens": 48,
+    "hidden_size": 384,
+    "intermediate_size": 192,
     "num_experts": 8,
     "top_k": 2,
 }
@@ -27,7 +27,7 @@ PROBLEM = {
 def in_a_new_process(code: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -66,7 +66,7 @@ def test_a_fork_after_use_computes_too() -> None:
 import os, torch
 from expertyard import moe_experts
 from expertyard.testing import random_problem
-p = random_problem(num_tokens=24, hidden_size=192, intermediate_size=96, num_experts=8, top_k=2)
+p = random_problem(num_tokens=48, hidden_size=384, intermediate_size=192, num_experts=8, top_k=2)
 packed = p.pack()
 run = lambda: moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, packed)
 expected = run()
@@ -88,7 +88,7 @@ import os, torch
 torch.set_num_threads({n})
 from expertyard import moe_experts
 from expertyard.testing import random_problem
-p = random_problem(num_tokens=1, hidden_size=64, intermediate_size=32, num_experts=4, top_k=2)
+p = random_problem(num_tokens=64, hidden_size=512, intermediate_size=256, num_experts=8, top_k=2)
 packed = p.pack()
 before = len(os.listdir("/proc/self/task"))
 moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, packed)
@@ -106,7 +106,7 @@ torch.set_num_threads(16)
 from expertyard import moe_experts
 from expertyard.native import _C
 from expertyard.testing import random_problem
-p = random_problem(num_tokens=1, hidden_size=64, intermediate_size=32, num_experts=4, top_k=2)
+p = random_problem(num_tokens=64, hidden_size=512, intermediate_size=256, num_experts=8, top_k=2)
 packed = p.pack()
 before = len(os.listdir("/proc/self/task"))
 moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, packed)

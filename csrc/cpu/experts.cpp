@@ -398,11 +398,25 @@ void run_pass(void* context, Team& team, int thread) {
   w2(pass, thread);
 }
 
+// Waking a sleeping thread takes about as long as a thread needs for 1 MB of weights or 5 MFLOP: a
+// thread more for each of these, so that a small layer is not slowed down by its helpers.
+int useful_threads(const MoeArgs& args, int num_threads) {
+  constexpr int64_t kBytes = 1 << 20, kFlops = 5'000'000;
+  const ExpertSet& set = *args.set;
+  const int64_t slots = args.num_tokens * args.top_k;
+  const int64_t weights = 3 * set.hidden_size * set.intermediate_size;
+  const int64_t bytes = std::min(slots, set.num_experts) * weights * size_of(set.format);
+  const int64_t flops = 2 * slots * weights;
+  return static_cast<int>(
+      std::min<int64_t>(num_threads, 1 + std::max(bytes / kBytes, flops / kFlops)));
+}
+
 }  // namespace
 
-Status moe_experts(const Kernel& kernel, const MoeArgs& args, int num_threads) {
+Status moe_experts(const Kernel& kernel, const MoeArgs& args, int max_threads) {
   const ExpertSet& set = *args.set;
   if (const Status ids = check_ids(args); !ids.ok) return ids;
+  const int num_threads = useful_threads(args, max_threads);
 
   const int64_t x_stride = row_stride(set.hidden_size, kernel.activation_size);
   const int64_t h_stride = row_stride(set.intermediate_size, kernel.activation_size);

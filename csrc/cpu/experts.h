@@ -7,8 +7,8 @@
 
 namespace ey::cpu {
 
-// Computes one call on up to num_threads threads. An id that is neither an expert nor "none" fails
+// Computes one call on up to max_threads threads. An id that is neither an expert nor "none" fails
 // before anything is written.
-Status moe_experts(const Kernel& kernel, const MoeArgs& args, int num_threads);
+Status moe_experts(const Kernel& kernel, const MoeArgs& args, int max_threads);
 
 }  // namespace ey::cpu

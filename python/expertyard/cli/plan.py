@@ -60,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="print the plan as JSON (docs/placement.md)"
     )
     output.add_argument(
-        "--save", metavar="FILE", help="write the plan as JSON, for ExpertsConfig(plan=FILE)"
+        "--save",
+        metavar="FILE",
+        help="write the plan as JSON, for --plan and ExpertsConfig(plan=FILE)",
     )
     output.add_argument(
         "--export", metavar="KIND", help="print it in another grammar: kt, ord, ot or device_map"
@@ -78,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_request_arguments(group: Any) -> None:
     """One argument per field of plan.Request; None where not given."""
+    group.add_argument("--plan", metavar="FILE.json", help="a plan that --save wrote")
     group.add_argument("--rules", metavar="FILE.yaml", help="KTransformers rules; first match wins")
     group.add_argument(
         "--layers",

@@ -45,7 +45,7 @@ def attach(model: Any, config: ExpertsConfig | None = None) -> Any:
     else:
         if not isinstance(config, ExpertsConfig):
             raise ConfigError(f"attach: expected an ExpertsConfig, got {type(config).__name__}.")
-        dtype = next(iter(modules.values())).down_proj.dtype
+        dtype = next(next(iter(modules.values())).parameters()).dtype
         plan, promises = make_promises(config, model.config.to_dict(), layouts, dtype)
     done: list[nn.Module] = []
     try:

@@ -26,8 +26,9 @@ def experts_forward(
     Raises KernelError if what the module computes is not recognised.
     """
     if torch.compiler.is_compiling():
-        key = _key(self)
-        return _moe_experts_of(hidden_states, top_k_index, top_k_weights, key)
+        key: int = _key(self)
+        out: Tensor = _moe_experts_of(hidden_states, top_k_index, top_k_weights, key)
+        return out
     return run(_bound(self).packed(), hidden_states, top_k_index, top_k_weights)
 
 
@@ -35,8 +36,9 @@ def _bound(module: nn.Module) -> Binding:
     return binding_of(module) or bind(module)
 
 
-@torch.compiler.assume_constant_result  # runs while tracing, with the real module
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _key(module: nn.Module) -> int:
+    # Runs while tracing, with the real module.
     binding = _bound(module)
     binding.packed()  # parameters are laid out now, before a graph has seen their strides
     return binding.key

@@ -185,7 +185,7 @@ def _rows(
                 config=model.config,
             )
         (result,) = collected.values()
-        result = result[0] if isinstance(result, list) else result
-        return result[0]
+        merged: torch.Tensor = result[0] if isinstance(result, list) else result
+        return merged[0]
 
     return Rows(tuple(key for sources in columns.values() for key in sources), row)

@@ -142,8 +142,7 @@ def _run_one_token(
     try:
         packed = _packed(module)
         before = 0 if packed is None else packed.calls
-        ours = isinstance(module, ExpertyardExperts)
-        layout = module.layout if ours else recognise(module, name)
+        layout = module.layout if isinstance(module, ExpertyardExperts) else recognise(module, name)
         hidden_states = torch.full((1, layout.hidden_size), 0.5, dtype=dtype, device=device)
         with torch.no_grad():
             module(hidden_states, ids, weights)
@@ -153,7 +152,8 @@ def _run_one_token(
     if again is not None and again.device.type == "cuda":
         torch.cuda.synchronize(again.device)  # the count is taken when the kernel has run
     calls = 0 if again is None else again.calls - (before if again is packed else 0)
-    if again is None or calls != 1 or again.last_kernel is None:
+    kernel = None if again is None else again.last_kernel
+    if again is None or kernel is None or calls != 1:
         return f"expected one call of a kernel of ours, counted {calls}"
     packed = again
     if promised is not None and promised.device not in (None, str(packed.device)):
@@ -163,7 +163,7 @@ def _run_one_token(
     return LayerReport(
         layer=layer_number(name),
         name=name,
-        kernel=packed.last_kernel,
+        kernel=kernel,
         device=str(packed.device),
         format=packed.format,
         num_experts=packed.num_experts,

@@ -6,6 +6,8 @@ byte is copied, and pages are read from disk when a token first needs them. Othe
 converted on its own into one buffer per parameter, so that the peak is the result plus one expert.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,11 @@ def assemble(
     if layout.has_bias:
         gate_up_bias = _stack(checkpoint, source, "gate_up_proj_bias", target)
         down_bias = _stack(checkpoint, source, "down_proj_bias", target)
-    act = {"activation": layout.activation, "alpha": layout.alpha, "limit": layout.limit}
+    act: dict[str, Any] = {
+        "activation": layout.activation,
+        "alpha": layout.alpha,
+        "limit": layout.limit,
+    }
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         return PackedExperts.from_tensors(
             gate_up,
@@ -76,7 +82,7 @@ def assemble(
             **act,
         )
     gate, up = _gate_and_up(gate_up, layout)
-    biases = {}
+    biases: dict[str, Any] = {}
     if gate_up_bias is not None and down_bias is not None:
         gate_bias, up_bias = split_gate_up(gate_up_bias, layout.interleaved)
         biases = {
@@ -84,8 +90,8 @@ def assemble(
             "up_bias": list(up_bias),
             "down_bias": list(down_bias),
         }
-    down = list(down) if isinstance(down, Tensor) else down[0]
-    return PackedExperts.from_experts(gate, up, down, **biases, **act)
+    downs = list(down) if isinstance(down, Tensor) else down[0]
+    return PackedExperts.from_experts(gate, up, downs, **biases, **act)
 
 
 def _gate_and_up(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from expertyard.errors import PlanError
-from expertyard.rules.pins import Finding, Pin, Pins
+from expertyard.rules.pins import HOME, Finding, Pin, Pins
 from expertyard.spec import ModelSpec
 
 
@@ -58,10 +58,14 @@ def merge(spec: ModelSpec, inputs: list[Pins]) -> Merged:
 def _agree(old: Pin | None, new: Pin, what: str) -> Pin:
     if old is not None and old.device != new.device:
         raise PlanError(
-            f"{what}: {old.why} puts it on {old.device}, {new.why} on {new.device}. "
+            f"{what}: {old.why} puts it on {_name(old)}, {new.why} on {_name(new)}. "
             "Take it out of one of them."
         )
     return old or new
+
+
+def _name(pin: Pin) -> str:
+    return "its layer's GPU" if pin.device == HOME else pin.device
 
 
 def _spread(spec: ModelSpec, layer: int, groups: tuple[Pin, ...]) -> dict[int, Pin]:

@@ -27,6 +27,7 @@ MAX_CONTEXT = 1 << 30
 class Request:
     """A placement request. Everything optional; several inputs together must not contradict.
 
+    plan              a plan that was saved: the file's path, or its JSON as a dict
     rules             KTransformers rules: a file's path, YAML text, or the list itself
     layers            "0:16;1:16", ["0:16", "1:16"], 16 or "16"
     topology          mistral.rs' topology: a file's path, YAML text, or a dict
@@ -55,6 +56,7 @@ class Request:
     gpu_experts: Any = None
     strategy: str = "uniform"
     profile: Any = None
+    plan: Any = None
     memory: Mapping[Any, Any] | str | None = None
     mb_resrv_per_gpu: Any = None
     format: str = "bf16"

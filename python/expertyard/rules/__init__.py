@@ -18,6 +18,7 @@ __all__ = ["GRAMMARS", "Finding", "Pin", "Pins", "read_pins"]
 
 # field of Request -> the file here that reads it
 GRAMMARS = {
+    "plan": "saved_plan",
     "rules": "kt",
     "layers": "ord_num",
     "topology": "topology",

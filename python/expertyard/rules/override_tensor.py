@@ -194,7 +194,7 @@ def split_parts(text: str) -> list[str]:
             depth += 1
         elif char in ")]}":
             depth = max(depth - 1, 0)
-        elif char == "," and depth == 0 and "=" in text[start:i]:
+        elif char == "," and depth == 0 and ("=" in text[start:i] or not text[start:i].strip()):
             parts.append(text[start:i])
             start = i + 1
     parts.append(text[start:])

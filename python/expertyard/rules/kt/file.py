@@ -143,6 +143,15 @@ class _Reader:
                 f"{what}: recursive: expected True or False, got {recursive!r}.",
             )
         experts = replace_class in names.EXPERTS_CLASSES
+        device = self.device(kwargs, "generate_device", what)
+        device = device or self.device(kwargs, "device", what)
+        op = self.op(kwargs, "generate_op", what, experts)
+        if experts and not device:
+            device = "cuda:0" if op == "cuda" else "cpu"  # KTransformersExperts' own default
+        if op in ("cpu", "cuda") and op != device.partition(":")[0]:
+            text = f"{what}: {kwargs['generate_op']} does not run on {device}; its own is used."
+            self.find("error", "op-device-mismatch", kwargs.lines["generate_op"], text)
+            op = ""
         return Rule(
             number=number,
             file=self.file,
@@ -151,11 +160,10 @@ class _Reader:
             match_class=match_class,
             replace_class=replace_class,
             recursive=recursive,
-            device=self.device(kwargs, "generate_device", what)
-            or self.device(kwargs, "device", what),
+            device=device,
             prefill_device=self.device(kwargs, "prefill_device", what),
             out_device=self.device(kwargs, "out_device", what),
-            op=self.op(kwargs, "generate_op", what, experts),
+            op=op,
             prefill_op=self.op(kwargs, "prefill_op", what, experts),
             format=self.format(kwargs, what),
             transfer_map=self.transfer_map(kwargs, what),

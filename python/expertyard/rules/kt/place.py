@@ -235,7 +235,7 @@ def _uncovered(
     last: dict[tuple[int, ...], Rule] = {}
     for part, name in _PARTS.items():
         having = [i for i, layer in enumerate(layers) if part in layer.parts]
-        own = found.experts if part == "experts" else {}
+        own = _meant(found) if part == "experts" else set()
         covered = {i for i in having if part in layers[i].rules or i in own}
         missing = tuple(i for i in having if i not in covered)
         if missing and covered:
@@ -260,10 +260,22 @@ def _uncovered(
     return findings
 
 
+def _meant(found: Matches) -> set[int]:
+    """Layers where single experts have rules that speak of experts, not of all linear layers."""
+    return {
+        layer
+        for layer, won in found.experts.items()
+        if any(rule.pattern and "experts" in rule.pattern.pattern for rule in won.values())
+    }
+
+
 def _default(parts: list[str]) -> str:
     """Where things go that no rule places."""
     if "experts" in parts:
-        return "the planner places the experts, everything else goes with its layer."
+        return (
+            "experts go where rules for what is in them say, else where the planner puts them; "
+            "everything else goes with its layer."
+        )
     return "they go with their layer."
 
 
