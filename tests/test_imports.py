@@ -115,9 +115,7 @@ def test_what_plans_imports_nothing_heavy() -> None:
     modules += [
         "expertyard." + ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
         for file in FILES
-        if part_of(file) in parts
-        and part_of(file) != "models"
-        and file.name != "__init__.py"
+        if part_of(file) in parts and part_of(file) != "models" and file.name != "__init__.py"
     ]
     modules += ["expertyard.cli", "expertyard.cli.plan"]
     code = (

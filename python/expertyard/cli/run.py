@@ -189,16 +189,21 @@ def starting() -> Iterator[None]:
 
 
 def import_hf(verbose: bool) -> None:
-    """Imports transformers, quietly. Raises ConfigError if there is none, or too old a one."""
+    """Imports PyTorch, transformers and our part of it, quietly.
+
+    Raises ModuleNotFoundError if one is missing, ConfigError if transformers is too old.
+    """
     import warnings
 
     if not verbose:
         warnings.simplefilter("ignore")
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
     try:
-        import expertyard.hf
+        import expertyard.hf  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"expertyard run: {error}.") from None
-    assert expertyard.hf
     if not verbose:
         from transformers.utils import logging
 
