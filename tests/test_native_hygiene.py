@@ -35,11 +35,10 @@ def lines(*command: str | Path) -> list[str]:
 @pytest.fixture(scope="module")
 def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the last build, or, without one, of a build of the rooms alone."""
-    built = [
-        cache.parent
-        for cache in (ROOT / "build").glob("*/CMakeCache.txt")
-        if all(objects(cache.parent, source) for source in SOURCES)
-    ]
+    folders = [cache.parent for cache in (ROOT / "build").glob("*/CMakeCache.txt")]
+    if chosen := os.environ.get("EXPERTYARD_BUILD_DIR"):
+        folders = [Path(chosen)]
+    built = [folder for folder in folders if all(objects(folder, source) for source in SOURCES)]
     if built:
         return max(built, key=lambda folder: folder.stat().st_mtime)
     cmake = shutil.which("cmake")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README says is so: its Python runs, its commands exist, its table is that of the code."""
+"""What the README says is so: its Python runs, its commands exist, its table is the code's."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from hf_families import FAMILIES
 
 from expertyard import native
 from expertyard.cli import build_parser
+from hf_families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
