@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One timed generation with model.generate(): what it wrote, and how long prefill and decode took."""
+"""One timed generation with model.generate(): its tokens, and how long prefill and decode took."""
 
 from __future__ import annotations
 

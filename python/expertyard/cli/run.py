@@ -25,7 +25,7 @@ EXAMPLES = """examples:
   expertyard run ./Mixtral-8x7B --rules rules.yaml --max-new-tokens 500
   EXPERTYARD_ISA=avx2 expertyard run
 """
-PROMPT = "A regular expression is"
+PROMPT = "If you want to"
 QUIET_BYTES = 1 << 30  # transformers' own progress bars are worth seeing above this
 
 
@@ -52,8 +52,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--prompt", metavar="TEXT", default=PROMPT, help=f"default: {PROMPT!r}")
     add("--chat", action="store_true", help="put the prompt into the model's chat template")
     add("--max-new-tokens", type=int, metavar="N", default=200, help="default: 200")
-    add("--temperature", type=float, metavar="T", default=0.5, help="0: greedy (default: 0.5)")
-    add("--seed", type=int, metavar="N", default=0, help="of the sampling (default: 0)")
+    add("--temperature", type=float, metavar="T", default=0.45, help="0: greedy (default: 0.45)")
+    add("--seed", type=int, metavar="N", default=4, help="of the sampling (default: 4)")
     request = parser.add_argument_group("what goes where: the same as of `expertyard plan`")
     add_request_arguments(request)
     other = parser.add_argument_group("other")
@@ -189,16 +189,21 @@ def starting() -> Iterator[None]:
 
 
 def import_hf(verbose: bool) -> None:
-    """Imports transformers, quietly. Raises ConfigError if there is none, or too old a one."""
+    """Imports PyTorch, transformers and our part of it, quietly.
+
+    Raises ModuleNotFoundError if one is missing, ConfigError if transformers is too old.
+    """
     import warnings
 
     if not verbose:
         warnings.simplefilter("ignore")
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
     try:
-        import expertyard.hf
+        import expertyard.hf  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"expertyard run: {error}.") from None
-    assert expertyard.hf
     if not verbose:
         from transformers.utils import logging
 
