@@ -48,7 +48,7 @@ struct ExpertSet {
   const ExpertPointers* experts;  // [num_experts], in the memory of the device that computes
 
   // GPUs only, written by cuda::make_table.
-  uint64_t* bad_id = nullptr;  // where a kernel reports an id that names no expert
+  uint64_t* bad_id = nullptr;     // where a kernel reports an id that names no expert
   bool rows_are_aligned = false;  // every row of every expert starts at a multiple of 16 bytes
 };
 

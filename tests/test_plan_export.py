@@ -28,7 +28,9 @@ def places(plan: Plan) -> list[Any]:
 
 
 def read_back(spec: ModelSpec, kind: str, text: str) -> Plan:
-    field = {"kt": "rules", "ord": "layers", "ot": "override_tensor", "device_map": "device_map"}[kind]
+    field = {"kt": "rules", "ord": "layers", "ot": "override_tensor", "device_map": "device_map"}[
+        kind
+    ]
     return make_plan(spec, Request(**{field: json.loads(text) if kind == "device_map" else text}))
 
 
@@ -59,7 +61,9 @@ def test_anything_round_trips(kind: str, drawn: tuple[ModelSpec, dict[str, str]]
 
 @given(device_maps(single_experts=False))
 @settings(max_examples=20, deadline=None)
-def test_whole_layers_of_experts_round_trip_through_ot(drawn: tuple[ModelSpec, dict[str, str]]) -> None:
+def test_whole_layers_of_experts_round_trip_through_ot(
+    drawn: tuple[ModelSpec, dict[str, str]],
+) -> None:
     spec, table = drawn
     for module in spec.tree:  # llama.cpp has no vision tower in the model's file
         if module.part == "vision":
@@ -83,7 +87,9 @@ def test_formats_and_operators_survive_kt() -> None:
     spec = SPECS["OLMoE"]
     plan = make_plan(spec, Request(memory="cuda:0=4GiB,cpu=64GiB", format="int4"))
     again = read_back(spec, "kt", export(plan, spec, "kt"))
-    assert [layer.experts and [(g.ids, g.format, g.op) for g in layer.experts] for layer in again.layers] == [
+    assert [
+        layer.experts and [(g.ids, g.format, g.op) for g in layer.experts] for layer in again.layers
+    ] == [
         layer.experts and [(g.ids, g.format, g.op) for g in layer.experts] for layer in plan.layers
     ]
 

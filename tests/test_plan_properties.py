@@ -149,8 +149,12 @@ def test_any_value_plans_or_raises_ours(field: str, value: Any) -> None:
 @st.composite
 def rule_files(draw: st.DrawFn) -> Any:
     """Lists that look like rules, with some of it wrong."""
-    names = st.sampled_from(["^model$", r"^model\.layers\.([0-9])\.mlp\.experts$", "experts", "(", ""])
-    classes = st.sampled_from(["default", "x.KTransformersExperts", "torch.nn.Linear", "KMoEGate", 3])
+    names = st.sampled_from(
+        ["^model$", r"^model\.layers\.([0-9])\.mlp\.experts$", "experts", "(", ""]
+    )
+    classes = st.sampled_from(
+        ["default", "x.KTransformersExperts", "torch.nn.Linear", "KMoEGate", 3]
+    )
     devices = st.sampled_from(["cpu", "cuda", "cuda:1", "npu:0", "gpu?", None, 0])
     kwargs = st.dictionaries(
         st.sampled_from(["generate_device", "out_device", "prefill_device", "typo"]), devices

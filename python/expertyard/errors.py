@@ -23,7 +23,7 @@ class ExpertyardError(Exception):
 
 
 class SpecError(ExpertyardError, ValueError):
-    """A model description (config.json, safetensors headers, a family name) cannot be understood."""
+    """A model description (config.json, safetensors headers, a family name) makes no sense."""
 
 
 class RuleError(ExpertyardError, ValueError):
