@@ -12,7 +12,7 @@ from expertyard.errors import KernelError
 from hf_families import greedy, load, logits, prompts, save, tiny_model
 from test_hf_roads import ROADS, on_road
 
-FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3"]
+FAMILIES = ["qwen3_moe", "gpt_oss", pytest.param("deepseek_v3", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
