@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The installed package is whole: it generates text far from the clone that it was built in."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import expertyard
+
+ROOT = Path(__file__).parents[1]
+ENV = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+if importlib.util.find_spec("pip") is None:
+    pytest.skip("pip is not installed", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `pip install --no-build-isolation .` installs. Without network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "-q", "-w", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options, str(ROOT)],
+        capture_output=True,
+        text=True,
+        env=ENV,
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = folder.glob("expertyard-*.whl")
+    return file
+
+
+def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    tracked = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "python/expertyard"], capture_output=True, text=True
+    ).stdout.split()
+    if not tracked:
+        pytest.skip("this is no clone")
+    missing = {name.removeprefix("python/") for name in tracked} - names
+    assert not missing
+    assert [name for name in names if name.endswith(".so")] == [
+        f"expertyard/{Path(_module()).name}"
+    ]
+    assert any(name.endswith("entry_points.txt") for name in names)
+
+
+def test_the_installed_package_generates(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    zipfile.ZipFile(wheel).extractall(site)
+    elsewhere.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "expertyard", "run", "--max-new-tokens", "4"],
+        capture_output=True,
+        text=True,
+        cwd=elsewhere,
+        env={**ENV, "PYTHONPATH": str(site)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "verified: " in done.stdout
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_build_without_torch_says_what_to_do(tmp_path: Path) -> None:
+    """As in an environment of its own: no site-packages with torch is found."""
+    code = (
+        "import sys, sysconfig\n"
+        "sys.path = [p for p in sys.path if 'site-packages' not in p]\n"
+        "sysconfig.get_path = lambda name, *a, **k: '/nowhere'\n"
+        "source = open('setup.py').read().partition('class CMakeBuild')[0]\n"
+        "source = source.replace('from setuptools', '#')\n"
+        "space = {'__file__': 'setup.py'}\n"
+        "exec(source, space)\n"
+        "space['find_torch']()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=ROOT, env=ENV
+    )
+    assert done.returncode == 1
+    assert 'pip install "torch>=2.11"' in done.stderr
+    assert "--no-build-isolation" in done.stderr
+
+
+def _module() -> str:
+    (file,) = Path(expertyard.__file__).parent.glob("_C*.so")
+    return str(file)
