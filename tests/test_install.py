@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -17,7 +17,9 @@ import expertyard
 ROOT = Path(__file__).parents[1]
 ENV = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
-if importlib.util.find_spec("pip") is None:
+try:  # find_spec("pip") would make setuptools' import hook step aside for the whole process
+    importlib.metadata.distribution("pip")
+except importlib.metadata.PackageNotFoundError:
     pytest.skip("pip is not installed", allow_module_level=True)
 
 
