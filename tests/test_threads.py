@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,3 +153,37 @@ def test_forcing_by_call_is_refused_for_unknown_names() -> None:
     with pytest.raises(ValueError, match="there are: "):
         _C.force_isa("mmx")
     assert _C.forced_isa() is None
+
+
+def test_a_cgroup_quota_limits_threads() -> None:
+    """A quota on the parent counts too; half a CPU is one thread. Needs a cgroup to write to."""
+    version_1 = os.path.isdir("/sys/fs/cgroup/cpu")
+    parent = Path("/sys/fs/cgroup/cpu" if version_1 else "/sys/fs/cgroup") / f"ey{os.getpid()}"
+    child = parent / "child"
+    try:
+        child.mkdir(parents=True)
+        if version_1:
+            (parent / "cpu.cfs_period_us").write_text("100000")
+            (parent / "cpu.cfs_quota_us").write_text("50000")
+        else:
+            (parent / "cpu.max").write_text("50000 100000")
+    except OSError as error:
+        if child.exists():
+            child.rmdir()
+        if parent.exists():
+            parent.rmdir()
+        pytest.skip(f"no cgroup to write to: {error}")
+    try:
+        out = in_a_new_process(
+            f"""
+import os
+open("{child}/cgroup.procs", "w").write(str(os.getpid()))
+import torch
+from expertyard.native import _C
+print(_C.thread_limits()["cgroup"], _C.thread_limits()["usable"])
+"""
+        )
+    finally:
+        child.rmdir()
+        parent.rmdir()
+    assert out == "1 1"

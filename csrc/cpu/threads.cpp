@@ -187,7 +187,8 @@ int cgroup_cpus() {
     if (path == nullptr) continue;
     *path++ = 0;
     const bool v2 = *controllers == 0;
-    if (!v2 && std::strstr(controllers, "cpu") == nullptr) continue;
+    path[-1] = ',';  // "cpu" among "cpu,cpuacct", but not in "cpuset"
+    if (!v2 && (',' + std::string(controllers, path)).find(",cpu,") == std::string::npos) continue;
     for (std::string group = path;; group.erase(group.rfind('/'))) {
       if (group == "/") group.clear();
       const std::string dir = (v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu") + group;
