@@ -7,11 +7,8 @@
 
 #include <immintrin.h>
 
-#include "../activation.h"
-#include "../convert.h"
-#include "../dot_tile.h"
 #include "../features.h"
-#include "../probe.h"
+#include "../fp32_kernel.h"
 
 namespace ey::cpu {
 namespace {
@@ -21,6 +18,7 @@ struct Vec {
   using W = __m256;
   using Acc = __m256;
   static constexpr int kWidth = 8;
+  static constexpr int kChains = 12;  // of multiply-adds, to measure the peak
   static constexpr int kMaxTokens = 6;
   static constexpr int rows(int num_tokens) { return num_tokens <= 2 ? 4 : 2; }
 
@@ -62,29 +60,9 @@ struct Floats {
   }
 };
 
-inline void load_row(const void* from, DType dtype, int64_t n, void* to) {
-  load_row_fp32(from, dtype, n, (n + kRowPad - 1) / kRowPad * kRowPad, static_cast<float*>(to));
-}
-
 template <class Weights>
 constexpr Kernel kernel(Format format) {
-  return {.isa = "avx2",
-          .format = format,
-          .needs = kFeatureAvx2,
-          .rank = 1,
-          .bf16_inputs = false,
-          .activation_size = sizeof(float),
-          .load_row = load_row,
-          .rows = rows<Vec, Weights>,
-          .pack_from_tokens = 0,
-          .panel_bytes = nullptr,
-          .pack = nullptr,
-          .panel = nullptr,
-          .activate = activate<Floats>,
-          .combine = combine<Floats>,
-          .store_row = store_row_fp32,
-          .peak = peak<Vec, 12>,
-          .read = read_lines<Vec, 2>};
+  return fp32_kernel<Vec, Floats, Weights>("avx2", kFeatureAvx2, 1, format);
 }
 
 // AVX2 has no masked 16-bit load: the tail is copied.

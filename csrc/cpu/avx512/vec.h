@@ -5,11 +5,8 @@
 // 16 values is 24 FMA against 10 loads, so the two FMA units are the limit, not the load ports.
 #pragma once
 
-#include "../activation.h"
-#include "../convert.h"
-#include "../dot_tile.h"
 #include "../features.h"
-#include "../probe.h"
+#include "../fp32_kernel.h"
 #include "floats.h"
 
 namespace ey::cpu {
@@ -20,6 +17,7 @@ struct Vec {
   using W = __m512;
   using Acc = __m512;
   static constexpr int kWidth = 16;
+  static constexpr int kChains = 24;  // of multiply-adds, to measure the peak
   static constexpr int kMaxTokens = 6;
   static constexpr int rows(int) { return 4; }
 
@@ -35,29 +33,9 @@ struct Vec {
   }
 };
 
-inline void load_row(const void* from, DType dtype, int64_t n, void* to) {
-  load_row_fp32(from, dtype, n, (n + kRowPad - 1) / kRowPad * kRowPad, static_cast<float*>(to));
-}
-
 template <class Weights>
 constexpr Kernel kernel(Format format) {
-  return {.isa = "avx512",
-          .format = format,
-          .needs = kFeatureAvx512,
-          .rank = 2,
-          .bf16_inputs = false,
-          .activation_size = sizeof(float),
-          .load_row = load_row,
-          .rows = rows<Vec, Weights>,
-          .pack_from_tokens = 0,
-          .panel_bytes = nullptr,
-          .pack = nullptr,
-          .panel = nullptr,
-          .activate = activate<Floats>,
-          .combine = combine<Floats>,
-          .store_row = store_row_fp32,
-          .peak = peak<Vec, 24>,
-          .read = read_lines<Vec, 1>};
+  return fp32_kernel<Vec, Floats, Weights>("avx512", kFeatureAvx512, 2, format);
 }
 
 }  // namespace

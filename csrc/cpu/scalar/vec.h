@@ -5,10 +5,7 @@
 
 #include <cmath>
 
-#include "../activation.h"
-#include "../convert.h"
-#include "../dot_tile.h"
-#include "../probe.h"
+#include "../fp32_kernel.h"
 
 namespace ey::cpu {
 namespace {
@@ -18,6 +15,7 @@ struct Vec {
   using W = float;
   using Acc = float;
   static constexpr int kWidth = 1;
+  static constexpr int kChains = 8;  // of multiply-adds, to measure the peak
   static constexpr int kMaxTokens = 2;
   static constexpr int rows(int) { return 4; }
 
@@ -49,29 +47,9 @@ struct Floats {
   static V scale(V a, V n) { return a * std::exp2(n); }
 };
 
-inline void load_row(const void* from, DType dtype, int64_t n, void* to) {
-  load_row_fp32(from, dtype, n, (n + kRowPad - 1) / kRowPad * kRowPad, static_cast<float*>(to));
-}
-
 template <class Weights>
 constexpr Kernel kernel(Format format) {
-  return {.isa = "scalar",
-          .format = format,
-          .needs = 0,
-          .rank = 0,
-          .bf16_inputs = false,
-          .activation_size = sizeof(float),
-          .load_row = load_row,
-          .rows = rows<Vec, Weights>,
-          .pack_from_tokens = 0,
-          .panel_bytes = nullptr,
-          .pack = nullptr,
-          .panel = nullptr,
-          .activate = activate<Floats>,
-          .combine = combine<Floats>,
-          .store_row = store_row_fp32,
-          .peak = peak<Vec, 8>,
-          .read = read_lines<Vec, 16>};
+  return fp32_kernel<Vec, Floats, Weights>("scalar", 0, 0, format);
 }
 
 inline uint16_t load_16(const char* p) {
