@@ -3,6 +3,7 @@
 // for sets of experts. The only file that sees pybind11; it sees no torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/mman.h>
 
 #include "cpu/features.h"
 #include "cpu/kernel.h"
@@ -10,6 +11,7 @@
 #include "cpu/threads.h"
 #include "cuda/cuda.h"
 #include "expert_sets.h"
+#include "packing.h"
 #include "registry.h"
 
 namespace py = pybind11;
@@ -29,11 +31,13 @@ py::list kernel_table() {
       needs.append(feature.name);
       if (!(ey::cpu::features() & feature.bit)) missing.append(feature.name);
     }
-    out.append(py::dict(py::arg("name") = std::string(ey::name_of(k->format)) + "_" + k->isa,
-                        py::arg("device") = "cpu", py::arg("format") = ey::name_of(k->format),
-                        py::arg("isa") = k->isa, py::arg("rank") = k->rank,
-                        py::arg("bf16_inputs") = k->bf16_inputs, py::arg("needs") = needs,
-                        py::arg("missing") = missing, py::arg("runnable") = ey::runnable(*k)));
+    out.append(py::dict(py::arg("name") = ey::name_of(*k), py::arg("device") = "cpu",
+                        py::arg("format") = ey::name_of(k->format),
+                        py::arg("layout") = k->layout == ey::Layout::kRows ? "rows" : "blocks",
+                        py::arg("mode") = ey::name_of(k->mode), py::arg("isa") = k->isa,
+                        py::arg("rank") = k->rank, py::arg("bf16_inputs") = k->bf16_inputs,
+                        py::arg("needs") = needs, py::arg("missing") = missing,
+                        py::arg("runnable") = ey::runnable(*k)));
   }
   return out;
 }
@@ -65,14 +69,77 @@ Enum parse(const std::string& name, std::initializer_list<std::pair<const char*,
 }
 
 ey::Format parse_format(const std::string& name) {
-  return parse<ey::Format>(
-      name,
-      {{"bf16", ey::Format::kBf16}, {"fp16", ey::Format::kFp16}, {"fp32", ey::Format::kFp32}});
+  return parse<ey::Format>(name, {{"bf16", ey::Format::kBf16},
+                                  {"fp16", ey::Format::kFp16},
+                                  {"fp32", ey::Format::kFp32},
+                                  {"int8", ey::Format::kInt8},
+                                  {"int4", ey::Format::kInt4},
+                                  {"fp8", ey::Format::kFp8},
+                                  {"mxfp4", ey::Format::kMxfp4}});
+}
+
+ey::Layout parse_layout(const std::string& name) {
+  return parse<ey::Layout>(name, {{"rows", ey::Layout::kRows}, {"blocks", ey::Layout::kBlocks}});
+}
+
+ey::Mode parse_mode(const std::string& name) {
+  return parse<ey::Mode>(name, {{"exact", ey::Mode::kExact}, {"fast", ey::Mode::kFast}});
+}
+
+// Only what kernels can read: they divide groups of activations into groups of weights.
+ey::Packing parse_packing(ey::Format format, const std::string& scale_type, int64_t group_size,
+                          bool zeros) {
+  const auto type = parse<ey::ScaleType>(scale_type, {{"none", ey::ScaleType::kNone},
+                                                      {"bf16", ey::ScaleType::kBf16},
+                                                      {"fp16", ey::ScaleType::kFp16},
+                                                      {"fp32", ey::ScaleType::kFp32},
+                                                      {"e8m0", ey::ScaleType::kE8m0}});
+  const bool plain = format == ey::Format::kBf16, mx = format == ey::Format::kMxfp4;
+  const bool group = group_size == 32 || group_size == 64 || group_size == 128;
+  if (plain != (type == ey::ScaleType::kNone) || mx != (type == ey::ScaleType::kE8m0) ||
+      (mx && group_size != 32) || (plain && group_size != 0) || !(group || group_size == 0) ||
+      (zeros && (format != ey::Format::kInt4 || !group))) {
+    throw py::value_error(std::string(ey::name_of(format)) + " with scales " + scale_type +
+                          ", group_size " + std::to_string(group_size) + (zeros ? ", zeros" : "") +
+                          " is not a packing");
+  }
+  return {.scale_type = type, .group_size = group_size, .zeros = zeros};
+}
+
+ey::BlockShape block_shape(const std::string& format, const std::string& scale_type,
+                           int64_t group_size, bool zeros, int64_t k) {
+  const ey::Format f = parse_format(format);
+  if (f == ey::Format::kFp32 || f == ey::Format::kFp16) {
+    throw py::value_error(format + " is not packed");
+  }
+  return {.format = f, .packing = parse_packing(f, scale_type, group_size, zeros), .k = k};
+}
+
+// Bytes of the blobs of one expert: (w13, w2).
+std::pair<int64_t, int64_t> blob_bytes(const std::string& format, const std::string& scale_type,
+                                       int64_t group_size, bool zeros, int64_t hidden_size,
+                                       int64_t intermediate_size) {
+  const auto w13 = block_shape(format, scale_type, group_size, zeros, hidden_size);
+  const auto w2 = block_shape(format, scale_type, group_size, zeros, intermediate_size);
+  return {ey::w13_blocks(intermediate_size) * w13.block_bytes(),
+          ey::w2_blocks(hidden_size) * w2.block_bytes()};
+}
+
+// sources: one (codes, scales, zeros) of addresses a matrix: gate and up for w13, one for w2. Rows
+// are contiguous: codes [rows, k], scales and zeros [rows, groups].
+void pack_blob(const std::string& format, const std::string& scale_type, int64_t group_size,
+               bool zeros, int64_t rows, int64_t k,
+               const std::vector<std::array<uintptr_t, 3>>& sources, uintptr_t out) {
+  const ey::BlockShape shape = block_shape(format, scale_type, group_size, zeros, k);
+  if (sources.size() != 1 && sources.size() != 2) throw py::value_error("one matrix, or two");
+  const py::gil_scoped_release others_may_run;
+  ey::pack_matrices(shape, rows, sources.data(), static_cast<int>(sources.size()),
+                    reinterpret_cast<char*>(out));
 }
 
 const ey::cpu::Kernel& kernel_called(const std::string& name) {
   for (const ey::cpu::Kernel* k : ey::kernels()) {
-    if (name != std::string(ey::name_of(k->format)) + "_" + k->isa) continue;
+    if (name != ey::name_of(*k)) continue;
     if (!ey::runnable(*k)) throw py::value_error("this CPU cannot run the kernel " + name);
     return *k;
   }
@@ -85,11 +152,13 @@ ey::DType parse_dtype(const std::string& name) {
       {{"bfloat16", ey::DType::kBF16}, {"float16", ey::DType::kF16}, {"float32", ey::DType::kF32}});
 }
 
-std::string kernel_name(const std::string& format, const std::string& hidden_dtype) {
+std::string kernel_name(const std::string& format, const std::string& hidden_dtype,
+                        const std::string& layout, const std::string& mode) {
   const auto dtype = parse_dtype(hidden_dtype);
   const ey::cpu::Kernel* kernel = nullptr;
-  throw_unless(ey::select_kernel(parse_format(format), dtype, &kernel));
-  return format + "_" + kernel->isa;
+  throw_unless(ey::select_kernel(parse_format(format), parse_layout(layout), parse_mode(mode),
+                                 dtype, &kernel));
+  return ey::name_of(*kernel);
 }
 
 // Every CUDA device of this machine and whether this build can use it; "why" says why it cannot use
@@ -130,7 +199,11 @@ py::object cuda_problem(int device) {
 int64_t add_experts(const std::string& format, const std::string& activation, float alpha,
                     float limit, int64_t hidden_size, int64_t intermediate_size,
                     int64_t gate_up_row_stride, int64_t down_row_stride,
-                    const std::vector<std::array<uintptr_t, 6>>& pointers, int device) {
+                    const std::vector<std::array<uintptr_t, 6>>& pointers, int device,
+                    const std::string& layout, const std::string& mode,
+                    const std::string& scale_type, int64_t group_size, bool zeros) {
+  const ey::Format parsed = parse_format(format);
+  const ey::Layout parsed_layout = parse_layout(layout);
   auto entry = std::make_unique<ey::ExpertSetEntry>();
   entry->pointers.reserve(pointers.size());
   for (const auto& p : pointers) {
@@ -142,7 +215,12 @@ int64_t add_experts(const std::string& format, const std::string& activation, fl
                                .down_bias = reinterpret_cast<const float*>(p[5])});
   }
   entry->set = {
-      .format = parse_format(format),
+      .format = parsed,
+      .layout = parsed_layout,
+      .mode = parse_mode(mode),
+      .packing = parsed_layout == ey::Layout::kBlocks
+                     ? parse_packing(parsed, scale_type, group_size, zeros)
+                     : ey::Packing{},
       .activation = parse<ey::Activation>(activation, {{"silu", ey::Activation::kSiluGlu},
                                                        {"gelu_tanh", ey::Activation::kGeluTanhGlu},
                                                        {"swigluoai", ey::Activation::kSwigluOai}}),
@@ -155,6 +233,10 @@ int64_t add_experts(const std::string& format, const std::string& activation, fl
       .down_row_stride = down_row_stride,
       .experts = entry->pointers.data()};
   if (device >= 0) {
+    if (parsed_layout == ey::Layout::kBlocks) {
+      throw py::value_error(
+          "no CUDA kernel reads packed weights yet; keep these experts on the CPU");
+    }
     throw_unless(ey::cuda::make_table(device, entry->pointers.data(), &entry->set));
     entry->device = device;
     entry->release = [](ey::ExpertSetEntry& e) { ey::cuda::free_table(e.device, &e.set); };
@@ -178,7 +260,8 @@ std::string cuda_kernel_name(int64_t handle, const std::string& hidden_dtype, in
   args.top_k = top_k;
   args.hidden_dtype = parse_dtype(hidden_dtype);
   args.set = &entry->set;
-  return std::string(ey::name_of(entry->set.format)) + "_" + ey::cuda::kernel_isa(args);
+  return ey::kind_of(args.set->format, args.set->layout, args.set->mode) + "_" +
+         ey::cuda::kernel_isa(args);
 }
 
 // Raises what the GPU has reported of earlier calls. Call it after a synchronisation to be sure.
@@ -187,11 +270,12 @@ void check_experts(int64_t handle) { throw_unless(ey::cuda::take_bad_id(live(han
 py::dict experts_info(int64_t handle) {
   const auto entry = live(handle);
   const char* isa = entry->last_isa.load(std::memory_order_relaxed);
-  const std::string format = ey::name_of(entry->set.format);
-  return py::dict(py::arg("format") = format,
-                  py::arg("last_kernel") =
-                      isa ? py::object(py::str(format + "_" + isa)) : py::object(py::none()),
-                  py::arg("calls") = entry->calls.load(std::memory_order_relaxed));
+  const ey::ExpertSet& set = entry->set;
+  const std::string kind = ey::kind_of(set.format, set.layout, set.mode);
+  return py::dict(
+      py::arg("format") = ey::name_of(set.format),
+      py::arg("last_kernel") = isa ? py::object(py::str(kind + "_" + isa)) : py::object(py::none()),
+      py::arg("calls") = entry->calls.load(std::memory_order_relaxed));
 }
 
 }  // namespace
@@ -203,7 +287,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("thread_limits", &thread_limits);
   m.def("cuda_status", &cuda_status);
   m.def("cuda_problem", &cuda_problem, py::arg("device"));
-  m.def("kernel_name", &kernel_name, py::arg("format"), py::arg("hidden_dtype"));
+  m.def("kernel_name", &kernel_name, py::arg("format"), py::arg("hidden_dtype"),
+        py::arg("layout") = "rows", py::arg("mode") = "exact");
   m.def("cuda_kernel_name", &cuda_kernel_name, py::arg("handle"), py::arg("hidden_dtype"),
         py::arg("num_tokens"), py::arg("top_k"));
   m.def(
@@ -213,7 +298,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("add_experts", &add_experts, py::arg("format"), py::arg("activation"), py::arg("alpha"),
         py::arg("limit"), py::arg("hidden_size"), py::arg("intermediate_size"),
         py::arg("gate_up_row_stride"), py::arg("down_row_stride"), py::arg("pointers"),
-        py::arg("device") = -1);
+        py::arg("device") = -1, py::arg("layout") = "rows", py::arg("mode") = "exact",
+        py::arg("scale_type") = "none", py::arg("group_size") = 0, py::arg("zeros") = false);
+  m.def("blob_bytes", &blob_bytes, py::arg("format"), py::arg("scale_type"), py::arg("group_size"),
+        py::arg("zeros"), py::arg("hidden_size"), py::arg("intermediate_size"));
+  m.def("pack_blob", &pack_blob, py::arg("format"), py::arg("scale_type"), py::arg("group_size"),
+        py::arg("zeros"), py::arg("rows"), py::arg("k"), py::arg("sources"), py::arg("out"));
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t memory, size_t bytes) {  // advice: failure costs speed only
+        madvise(reinterpret_cast<void*>(memory), bytes, MADV_HUGEPAGE);
+      },
+      py::arg("memory"), py::arg("bytes"));
   m.def("remove_experts", &ey::remove_expert_set, py::arg("handle"));
   m.def("check_experts", &check_experts, py::arg("handle"));
   m.def("experts_info", &experts_info, py::arg("handle"));

@@ -13,7 +13,25 @@ namespace ey {
 
 enum class DType : int32_t { kF32, kBF16, kF16 };  // of hidden states, of routing weights
 
-enum class Format : int32_t { kFp32, kBf16, kFp16 };  // of expert weights
+enum class Format : int32_t { kFp32, kBf16, kFp16, kInt8, kInt4, kFp8, kMxfp4 };  // of weights
+
+// Where weights lie: kRows, each matrix as torch and checkpoints have it (fp32, bf16, fp16 only),
+// or kBlocks, packed for our kernels (blocks.h; every format but fp32 and fp16).
+enum class Layout : int32_t { kRows, kBlocks };
+
+// What a CPU kernel multiplies with: kExact, activations as they are (bf16 or wider), so that CPU
+// and GPU differ by the order of fp32 sums only; kFast, activations quantised to 8 bits in groups
+// of 128.
+enum class Mode : int32_t { kExact, kFast };
+
+enum class ScaleType : int32_t { kNone, kBf16, kFp16, kFp32, kE8m0 };  // kE8m0: 2^(byte - 127)
+
+// How a quantised matrix is scaled: w = scale * (code - zero), one scale per row and group along k.
+struct Packing {
+  ScaleType scale_type;  // kNone: weights are plain numbers (bf16)
+  int64_t group_size;    // 0: one group, the whole row
+  bool zeros;            // a zero per group, of scale_type; else the format's own (blocks.h)
+};
 
 enum class Activation : int32_t {
   kSiluGlu,      // silu(gate) * up
@@ -22,7 +40,8 @@ enum class Activation : int32_t {
                // g)
 };
 
-// Where one expert lies. Rows are contiguous along their last dimension (hidden_size for gate and
+// Where one expert lies. kBlocks: gate and down are the blobs of blocks.h for w13 and w2, up is not
+// used. kRows: rows are contiguous along their last dimension (hidden_size for gate and
 // up, intermediate_size for down); ExpertSet says how far apart rows are. Interleaved gate/up is
 // up = gate + one row, with twice the row stride: no copy. Biases are fp32, contiguous, or null.
 struct ExpertPointers {
@@ -37,14 +56,17 @@ struct ExpertPointers {
 // The experts of one layer on one device.
 struct ExpertSet {
   Format format;
+  Layout layout;
+  Mode mode;
+  Packing packing;  // kBlocks only
   Activation activation;
   float alpha;  // kSwigluOai only
   float limit;  // kSwigluOai only
   int64_t num_experts;
   int64_t hidden_size;
   int64_t intermediate_size;
-  int64_t gate_up_row_stride;     // bytes between two gate rows, and between two up rows
-  int64_t down_row_stride;        // bytes between two down rows
+  int64_t gate_up_row_stride;     // kRows: bytes between two gate rows, and between two up rows
+  int64_t down_row_stride;        // kRows: bytes between two down rows
   const ExpertPointers* experts;  // [num_experts], in the memory of the device that computes
 
   // GPUs only, written by cuda::make_table.
@@ -67,6 +89,6 @@ struct MoeArgs {
 };
 
 inline constexpr int64_t size_of(DType t) { return t == DType::kF32 ? 4 : 2; }
-inline constexpr int64_t size_of(Format f) { return f == Format::kFp32 ? 4 : 2; }
+inline constexpr int64_t size_of(Format f) { return f == Format::kFp32 ? 4 : 2; }  // of kRows
 
 }  // namespace ey

@@ -121,7 +121,8 @@ Tensor moe_experts_cpu(const Tensor& hidden_states, const Tensor& topk_ids,
 
   const ey::cpu::Kernel* kernel = nullptr;
   const ey::Status chosen =
-      ey::select_kernel(call.entry->set.format, call.args.hidden_dtype, &kernel);
+      ey::select_kernel(call.entry->set.format, call.entry->set.layout, call.entry->set.mode,
+                        call.args.hidden_dtype, &kernel);
   EY_CHECK(chosen.ok, chosen.what);
 
   const int wanted = static_cast<int>(torch::stable::get_num_threads());

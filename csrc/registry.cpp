@@ -61,8 +61,29 @@ const char* name_of(Format format) {
       return "bf16";
     case Format::kFp16:
       return "fp16";
+    case Format::kInt8:
+      return "int8";
+    case Format::kInt4:
+      return "int4";
+    case Format::kFp8:
+      return "fp8";
+    case Format::kMxfp4:
+      return "mxfp4";
   }
   return "unknown";
+}
+
+const char* name_of(Mode mode) { return mode == Mode::kFast ? "fast" : "exact"; }
+
+std::string kind_of(Format format, Layout layout, Mode mode) {
+  const bool both_layouts = format == Format::kBf16;
+  return std::string(name_of(format)) +
+         (both_layouts && layout == Layout::kBlocks ? "_packed" : "") +
+         (mode == Mode::kFast ? "_fast" : "");
+}
+
+std::string name_of(const cpu::Kernel& k) {
+  return kind_of(k.format, k.layout, k.mode) + "_" + k.isa;
 }
 
 const char* name_of(DType dtype) {
@@ -97,22 +118,24 @@ const char* forced_isa() {
   return isa != nullptr && *isa != 0 ? isa : nullptr;
 }
 
-Status select_kernel(Format format, DType hidden_dtype, const cpu::Kernel** out) {
+Status select_kernel(Format format, Layout layout, Mode mode, DType hidden_dtype,
+                     const cpu::Kernel** out) {
   const char* forced = forced_isa();
   if (forced != nullptr) {
     if (const Status status = check_isa(forced); !status.ok) return status;
   }
   const cpu::Kernel* best = nullptr;
   for (const cpu::Kernel* k : kernels()) {
-    if (k->format != format || !runnable(*k)) continue;
+    if (k->format != format || k->layout != layout || k->mode != mode || !runnable(*k)) continue;
     if (k->bf16_inputs && hidden_dtype != DType::kBF16) continue;
     if (forced != nullptr && std::strcmp(k->isa, forced) != 0) continue;
     if (best == nullptr || k->rank > best->rank) best = k;
   }
   if (best == nullptr) {
-    return failure("no %s kernel for %s weights and %s hidden states; instruction sets: %s",
-                   forced != nullptr ? forced : "CPU", name_of(format), name_of(hidden_dtype),
-                   isa_names().c_str());
+    return failure(
+        "no %s kernel for %s weights, mode %s, and %s hidden states; instruction sets: %s",
+        forced != nullptr ? forced : "CPU", name_of(format), name_of(mode), name_of(hidden_dtype),
+        isa_names().c_str());
   }
   *out = best;
   return {};

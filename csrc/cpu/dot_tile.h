@@ -14,7 +14,7 @@
 
 #include <utility>
 
-#include "kernel.h"
+#include "row_kernel.h"
 
 namespace ey::cpu {
 namespace {

@@ -13,8 +13,9 @@
 namespace ey::cpu {
 namespace {
 
-inline void load_fp32(const void* from, DType dtype, int64_t n, void* to) {
-  load_row_fp32(from, dtype, n, (n + kRowPad - 1) / kRowPad * kRowPad, static_cast<float*>(to));
+inline void load_fp32(const LoadRowArgs& a) {
+  load_row_fp32(a.from, a.dtype, a.shape.k, round_up(a.shape.k, kRowPad),
+                reinterpret_cast<float*>(a.row));
 }
 
 template <class Vec, class Floats, class Weights>
@@ -22,16 +23,18 @@ constexpr Kernel fp32_kernel(const char* isa, uint32_t needs, int rank, Format f
   constexpr int kVectorsInLine = 64 / (Vec::kWidth * sizeof(float));
   return {.isa = isa,
           .format = format,
+          .layout = Layout::kRows,
+          .mode = Mode::kExact,
           .needs = needs,
           .rank = rank,
           .bf16_inputs = false,
-          .activation_size = sizeof(float),
+          .row_bytes = padded_row_bytes<sizeof(float)>,
           .load_row = load_fp32,
-          .rows = rows<Vec, Weights>,
-          .pack_from_tokens = 0,
+          .load_group = nullptr,
+          .h_size = sizeof(float),
+          .panel_from_tokens = 0,
           .panel_bytes = nullptr,
-          .pack = nullptr,
-          .panel = nullptr,
+          .multiply = multiply_rows<rows<Vec, Weights>>,
           .activate = activate<Floats>,
           .combine = combine<Floats>,
           .store_row = store_row_fp32,

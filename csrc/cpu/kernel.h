@@ -3,61 +3,77 @@
 // a kernel is a handful of inner loops for one weight format on one instruction set.
 //
 // The schedule works in blocks of two halves of kHalfRows weight rows: 16 gate rows and their 16 up
-// rows, or 32 down rows. A block's dot products are left in a small fp32 tile c[token][row], which
-// stays in cache until `activate` or `combine` has used it. There are two ways to them:
-//   rows          straight from the weights' own rows: few tokens, memory is the limit
-//   pack, panel   a block is re-ordered once into a panel in cache, then used for all tokens of the
-//                 expert: many tokens, arithmetic is the limit. Optional.
+// rows, or 32 down rows. `multiply` leaves a block's dot products in a small fp32 tile
+// c[token][row], which stays in cache until `activate` or `combine` has used it.
 #pragma once
 
 #include <cstdint>
 
+#include "../blocks.h"
 #include "../moe.h"
 
 namespace ey::cpu {
 
-inline constexpr int kBlockRows = 32;  // floats per token in a tile: two cache lines
-inline constexpr int kHalfRows = kBlockRows / 2;
+inline constexpr int kBlockRows = kLanes;  // floats per token in a tile: two cache lines
+inline constexpr int kHalfRows = kLaneSet;
 
 // Activation rows (hidden states, h) are padded with zeros to a multiple of this many values, so
 // that a loop may read whole vectors of them. Weights are never read past their row.
 inline constexpr int kRowPad = 64;
 
-// c[t][r] = sum_k w[r][k] * x[t][k] for r < num_rows
-struct RowsArgs {
-  const char* w;         // first weight row
-  int64_t w_stride;      // bytes between rows
-  int num_rows;          // <= kHalfRows
-  int64_t k;             // values in a row
-  const char* next;      // rows that this thread will want next (same stride), or null: prefetch
-  const void* const* x;  // [num_tokens] activation rows
-  int num_tokens;
-  float* c;  // [num_tokens][kBlockRows]; the caller may offset it by a row
+// Packed weights: activation rows are made in groups of this many values (8-bit activations share a
+// scale in a group), and padded to whole groups.
+inline constexpr int kGroup = 128;
+
+// A row of activations of `k` values; its bytes are the kernel's own affair.
+struct RowShape {
+  int64_t k;
+  Packing packing;  // of the weights that it meets
 };
 
-// Re-orders num_rows (<= kHalfRows) rows of k weights into one half of a panel; missing rows:
-// zeros.
-struct PackArgs {
-  const char* w;
-  int64_t w_stride;
-  int num_rows;
-  int64_t k;
-  char* panel;  // of panel_bytes(k)
-  int half;     // 0 or 1
+// One row of hidden states -> one activation row.
+struct LoadRowArgs {
+  const void* from;
+  DType dtype;
+  RowShape shape;
+  char* row;
 };
 
-// c[t][r] (+)= sum_k panel[r][k] * x[t][k] for all kBlockRows rows
-struct PanelArgs {
-  const char* panel;
+// Values k_begin .. k_begin + n - 1 (n <= kGroup, k_begin a multiple of it) of an activation row;
+// missing ones up to a whole group become zeros.
+struct LoadGroupArgs {
+  const float* from;
+  int n;
+  int64_t k_begin;
+  RowShape shape;
+  char* row;
+};
+
+// One block of weights, and what this thread reads after it (null: nothing known).
+struct Weights {
   int64_t k;
+  // Layout::kRows: both halves' first rows
+  const char* row[2];
+  int num_rows[2];
+  const char* next_row[2];
+  int64_t row_stride;
+  // Layout::kBlocks
+  const char* block;
+  const char* next_block;
+  Packing packing;
+};
+
+// c[t][r] = sum_k w[r][k] * x[t][k]. Rows that the block does not have are left as they are
+// (kRows) or become zero (kBlocks).
+struct MultiplyArgs {
+  Weights w;
   const void* const* x;  // [num_tokens] activation rows
-  int64_t x_offset;      // bytes into each row where this panel's k begins
   int num_tokens;
-  bool add;  // to c, or over it
-  float* c;
-  // Rows that this thread will pack next, to be prefetched meanwhile: two halves, or null.
-  const char* next[2];
-  int64_t next_stride;
+  float* c;           // [num_tokens][kBlockRows]
+  char* panel;        // of panel_bytes(): a place to re-order the block; kept from tile to tile
+  bool panel_filled;  // an earlier tile of the same block has filled it
+  bool many_tokens;   // re-ordering pays: this expert's tokens are at least panel_from_tokens
+  bool last;          // tile of this block: the next block may be fetched meanwhile
 };
 
 // h[t][i] = act(c[t][i] + gate_bias[i], c[t][kHalfRows + i] + up_bias[i]) for i < num_rows
@@ -70,7 +86,7 @@ struct ActivateArgs {
   Activation activation;
   float alpha;
   float limit;
-  char* h;           // first row's first value, of the kernel's activation type
+  char* h;  // first row's first value: the kernel's activation value, or float (load_group)
   int64_t h_stride;  // bytes between rows
 };
 
@@ -88,17 +104,21 @@ struct CombineArgs {
 struct Kernel {
   const char* isa;  // the room's name, and what EXPERTYARD_ISA forces
   Format format;
-  uint32_t needs;       // bits of Feature
-  int rank;             // among the kernels that can run, the highest serves
-  bool bf16_inputs;     // multiplies bf16 activations, so it serves bf16 models only
-  int activation_size;  // bytes of one value of an activation row
+  Layout layout;
+  Mode mode;
+  uint32_t needs;    // bits of Feature
+  int rank;          // among the kernels that can run, the highest serves
+  bool bf16_inputs;  // multiplies bf16 activations, so it serves bf16 models only
 
-  void (*load_row)(const void* from, DType dtype, int64_t n, void* to);  // pads with zeros
-  void (*rows)(const RowsArgs&);
-  int pack_from_tokens;  // tokens of one expert from which packing pays; 0: there is no pack
-  int64_t (*panel_bytes)(int64_t k);
-  void (*pack)(const PackArgs&);
-  void (*panel)(const PanelArgs&);
+  int64_t (*row_bytes)(const RowShape&);  // a multiple of 64
+  void (*load_row)(const LoadRowArgs&);
+  // null: `activate` writes values of h_size bytes straight into h's rows
+  void (*load_group)(const LoadGroupArgs&);
+  int h_size;
+
+  int panel_from_tokens;                  // 0: no panel
+  int64_t (*panel_bytes)(int64_t max_k);  // null: none
+  void (*multiply)(const MultiplyArgs&);
   void (*activate)(const ActivateArgs&);
   void (*combine)(const CombineArgs&);
   void (*store_row)(const float* from, int64_t n, DType dtype, void* to);

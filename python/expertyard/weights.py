@@ -1,65 +1,157 @@
 # SPDX-License-Identifier: Apache-2.0
 """PackedExperts: the experts of one layer on one device, where they lie.
 
-Nothing is copied here. The tensors may be a model's own parameters or views into a mapped file;
-a native handle stands for a table of pointers into them, one row an expert.
+Nothing is copied here. The tensors may be a model's own parameters, views into a mapped file, or
+blobs that ExpertPacker has made; a native handle stands for a table of pointers into them, one row
+an expert.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import KernelError
+from .formats import Format
 from .native import _C
 from .reference import ACTIVATIONS, SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT, split_gate_up
 
 FORMAT_OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
+MODES = ("exact", "fast")
+
+
+@dataclass(frozen=True)
+class Blobs:
+    """Packed experts (csrc/blocks.h): per expert one blob of gate and up, one of down; None: not
+    here.
+
+    w13, w2      uint8, contiguous, 64-byte aligned, of packing.packed_bytes()
+    scale_type   "none" (bf16), "bf16", "fp16", "fp32" or "e8m0" (mxfp4)
+    """
+
+    format: Format
+    scale_type: str
+    hidden_size: int
+    intermediate_size: int
+    w13: Sequence[Tensor | None]
+    w2: Sequence[Tensor | None]
+
+
 class PackedExperts:
-    """Experts that a kernel can reach. Make it with from_tensors or from_experts.
+    """Experts that a kernel can reach. Make it with from_tensors or from_experts (weights in place),
+    or with ExpertPacker (packed).
 
     handle             int, what the op takes; valid while this object lives
-    format             "bf16", "fp16" or "fp32"
+    format             "bf16", "fp16", "fp32", "int8", "int4-g32", "fp8", "mxfp4" ...
+    layout             "rows" (in place) or "blocks" (packed)
+    mode               "exact" or "fast": what CPU kernels do with activations
     device             torch.device of the weights, and so of the computation
     num_experts, hidden_size, intermediate_size
     nbytes             bytes of weights and biases that are here
     """
 
-    def __init__(
-        self,
+    handle: int
+
+    def __init__(self) -> None:
+        raise TypeError("make PackedExperts with from_tensors, from_experts or ExpertPacker")
+
+    @classmethod
+    def _of_rows(
+        cls,
         gate: Sequence[Tensor | None],
         up: Sequence[Tensor | None],
         down: Sequence[Tensor | None],
-        gate_bias: Sequence[Tensor | None],
-        up_bias: Sequence[Tensor | None],
-        down_bias: Sequence[Tensor | None],
+        biases: Sequence[Sequence[Tensor | None]],
         activation: str,
         alpha: float,
         limit: float,
-    ) -> None:
+    ) -> "PackedExperts":
+        self = object.__new__(cls)
+        self._set_activation(activation, alpha, limit)
+        self._matrices = _matching_matrices(gate, up, down)
+        first = next(g for g in self._matrices[0] if g is not None)
+        first_down = next(d for d in self._matrices[2] if d is not None)
+        self.num_experts = len(gate)
+        self.intermediate_size, self.hidden_size = first.shape
+        self.format, self.layout, self.mode = FORMAT_OF_DTYPE[first.dtype], "rows", "exact"
+        self.device = first.device
+        self._native = {
+            "format": self.format,
+            "gate_up_row_stride": first.stride(0) * first.element_size(),
+            "down_row_stride": first_down.stride(0) * first_down.element_size(),
+        }
+        self._set_biases(biases)
+        self.handle = self._register()
+        return self
+
+    @classmethod
+    def from_blobs(
+        cls,
+        blobs: Blobs,
+        *,
+        gate_bias: Sequence[Tensor | None] | None = None,
+        up_bias: Sequence[Tensor | None] | None = None,
+        down_bias: Sequence[Tensor | None] | None = None,
+        activation: str = "silu",
+        alpha: float = SWIGLU_OAI_ALPHA,
+        limit: float = SWIGLU_OAI_LIMIT,
+        mode: str = "exact",
+    ) -> "PackedExperts":
+        """Packed experts where they lie: an arena, or a mapped file of packed weights.
+
+        mode   "exact": activations stay what they are; "fast": CPU kernels quantise them to 8 bits
+               in groups of 128 (int8, int4 and mxfp4 only)
+        Raises KernelError if blobs do not have the size, alignment and device that they should.
+        """
+        self = object.__new__(cls)
+        self._set_activation(activation, alpha, limit)
+        self.num_experts = len(blobs.w13)
+        self.hidden_size, self.intermediate_size = blobs.hidden_size, blobs.intermediate_size
+        self.format, self.layout, self.mode = blobs.format.name, "blocks", mode
+        if mode not in MODES:
+            raise KernelError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        if mode == "fast" and blobs.format.base not in ("int8", "int4", "mxfp4"):
+            raise KernelError(
+                f"mode 'fast' needs int8, int4 or mxfp4 weights, got {blobs.format.name}: leave "
+                "mode out"
+            )
+        self._native = {
+            "format": blobs.format.base,
+            "gate_up_row_stride": 0,
+            "down_row_stride": 0,
+            "layout": "blocks",
+            "mode": mode,
+            "scale_type": blobs.scale_type,
+            "group_size": 0 if blobs.format.base == "bf16" else blobs.format.group_size,
+            "zeros": blobs.format.asymmetric,
+        }
+        w13, w2, self.device = _matching_blobs(blobs)
+        self._matrices = (w13, w13, w2)
+        none: list[Tensor | None] = [None] * self.num_experts
+        self._set_biases((gate_bias or none, up_bias or none, down_bias or none))
+        self.handle = self._register()
+        return self
+
+    def _set_activation(self, activation: str, alpha: float, limit: float) -> None:
         if activation not in ACTIVATIONS:
             raise KernelError(
                 f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
             )
         self.activation, self.alpha, self.limit = activation, float(alpha), float(limit)
-        self._matrices = _matching_matrices(gate, up, down)
-        first = next(g for g in gate if g is not None)
-        self.num_experts = len(gate)
-        self.intermediate_size, self.hidden_size = first.shape
-        self.format = FORMAT_OF_DTYPE[first.dtype]
-        self.device = first.device
+
+    def _set_biases(self, biases: Sequence[Sequence[Tensor | None]]) -> None:
         self._biases = [
             _matching_biases(name, bias, size, self)
             for name, bias, size in (
-                ("gate bias", gate_bias, self.intermediate_size),
-                ("up bias", up_bias, self.intermediate_size),
-                ("down bias", down_bias, self.hidden_size),
+                ("gate bias", biases[0], self.intermediate_size),
+                ("up bias", biases[1], self.intermediate_size),
+                ("down bias", biases[2], self.hidden_size),
             )
         ]
-        self.handle = self._register()
 
     @classmethod
     def from_tensors(
@@ -114,8 +206,8 @@ class PackedExperts:
                     f"got {list(down_bias.shape)}"
                 )
             down_biases = list(down_bias)
-        return cls(
-            list(gate), list(up), list(down), gate_bias, up_bias, down_biases,
+        return cls._of_rows(
+            list(gate), list(up), list(down), (gate_bias, up_bias, down_biases),
             activation, alpha, limit,
         )  # fmt: skip
 
@@ -140,14 +232,15 @@ class PackedExperts:
         dtype, device and row stride. Raises KernelError on anything else.
         """
         none: list[Tensor | None] = [None] * len(gate)
-        return cls(
-            gate, up, down, gate_bias or none, up_bias or none, down_bias or none,
+        return cls._of_rows(
+            gate, up, down, (gate_bias or none, up_bias or none, down_bias or none),
             activation, alpha, limit,
         )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
-        tensors = [t for group in (*self._matrices, *self._biases) for t in group if t is not None]
+        matrices = self._matrices if self.layout == "rows" else self._matrices[1:]
+        tensors = [t for group in (*matrices, *self._biases) for t in group if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def kernel_name(
@@ -161,7 +254,8 @@ class PackedExperts:
         try:
             if self.device.type == "cuda":
                 return str(_C.cuda_kernel_name(self.handle, dtype, num_tokens, top_k))
-            return str(_C.kernel_name(self.format, dtype))
+            base = self._native["format"]
+            return str(_C.kernel_name(base, dtype, self.layout, self.mode))
         except ValueError as error:
             raise KernelError(str(error)) from None
 
@@ -190,8 +284,6 @@ class PackedExperts:
 
     def _register(self) -> int:
         groups = (*self._matrices, *self._biases)
-        gate = next(g for g in self._matrices[0] if g is not None)
-        down = next(d for d in self._matrices[2] if d is not None)
         pointers = [
             tuple(0 if t is None else t.data_ptr() for t in expert)
             for expert in zip(*groups, strict=True)
@@ -201,16 +293,14 @@ class PackedExperts:
             torch.cuda.current_stream(self.device).synchronize()
         try:
             handle = _C.add_experts(
-                format=self.format,
                 activation=self.activation,
                 alpha=self.alpha,
                 limit=self.limit,
                 hidden_size=self.hidden_size,
                 intermediate_size=self.intermediate_size,
-                gate_up_row_stride=gate.stride(0) * gate.element_size(),
-                down_row_stride=down.stride(0) * down.element_size(),
                 pointers=pointers,
                 device=self.device.index if self.device.type == "cuda" else -1,
+                **self._native,
             )
         except ValueError as error:
             raise KernelError(str(error)) from None
@@ -237,7 +327,8 @@ class PackedExperts:
     def __repr__(self) -> str:
         return (
             f"PackedExperts({self.num_experts} x [{self.intermediate_size}, {self.hidden_size}] "
-            f"{self.format}, {self.activation}, {self.device})"
+            f"{self.format}{'' if self.mode == 'exact' else ' ' + self.mode}, {self.activation}, "
+            f"{self.device})"
         )
 
 
@@ -296,6 +387,47 @@ def _matching_matrices(
         raise KernelError(f"gate: expected a tensor on cpu or cuda, got one on {first.device}")
     detached = [[None if w is None else w.detach() for w in group] for group in (gate, up, down)]
     return detached[0], detached[1], detached[2]
+
+
+def _matching_blobs(
+    blobs: Blobs,
+) -> tuple[list[Tensor | None], list[Tensor | None], torch.device]:
+    sizes = _C.blob_bytes(
+        blobs.format.base,
+        blobs.scale_type,
+        0 if blobs.format.base == "bf16" else blobs.format.group_size,
+        blobs.format.asymmetric,
+        blobs.hidden_size,
+        blobs.intermediate_size,
+    )
+    first = next((w for w in blobs.w13 if w is not None), None)
+    if first is None or len(blobs.w13) != len(blobs.w2):
+        raise KernelError(
+            f"blobs: expected at least one expert, w13 and w2 of each, got {len(blobs.w13)} and "
+            f"{len(blobs.w2)}"
+        )
+    for expert, pair in enumerate(zip(blobs.w13, blobs.w2, strict=True)):
+        if (pair[0] is None) != (pair[1] is None):
+            raise KernelError(f"w13, w2 [{expert}]: not both here or both absent")
+        for name, blob, size in zip(("w13", "w2"), pair, sizes, strict=True):
+            if blob is not None and (
+                blob.dtype != torch.uint8
+                or tuple(blob.shape) != (size,)
+                or not blob.is_contiguous()
+                or blob.data_ptr() % 64
+                or blob.device != first.device
+            ):
+                raise KernelError(
+                    f"{name}[{expert}]: expected uint8 [{size}], contiguous, 64-byte aligned, on "
+                    f"{first.device}, got {list(blob.shape)} {blob.dtype} on {blob.device} at "
+                    f"{blob.data_ptr():#x}"
+                )
+    if first.device.type == "cuda":
+        if problem := _C.cuda_problem(first.device.index):
+            raise KernelError(f"w13: {first.device}: {problem}")
+    elif first.device.type != "cpu":
+        raise KernelError(f"w13: expected a tensor on cpu or cuda, got one on {first.device}")
+    return list(blobs.w13), list(blobs.w2), first.device
 
 
 def _matching_biases(

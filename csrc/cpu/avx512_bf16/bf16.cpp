@@ -53,24 +53,36 @@ struct FloatsToBf16 : Floats {
 };
 
 // dtype is bf16: the kernel serves no other (bf16_inputs)
-void load_row(const void* from, DType, int64_t n, void* to) {
-  __builtin_memcpy(to, from, n * sizeof(uint16_t));
-  const int64_t padded = (n + kRowPad - 1) / kRowPad * kRowPad;
-  __builtin_memset(static_cast<uint16_t*>(to) + n, 0, (padded - n) * sizeof(uint16_t));
+void load_row(const LoadRowArgs& a) {
+  const int64_t n = a.shape.k;
+  __builtin_memcpy(a.row, a.from, n * sizeof(uint16_t));
+  __builtin_memset(a.row + n * sizeof(uint16_t), 0, (round_up(n, kRowPad) - n) * sizeof(uint16_t));
 }
+
+void multiply(const MultiplyArgs& a) {
+  if (a.many_tokens) {
+    multiply_panels<sizeof(uint16_t), pack, panel>(a);
+  } else {
+    multiply_rows<rows<Vec, Bf16>>(a);
+  }
+}
+
+int64_t longest_panel(int64_t k) { return panel_bytes(k < kPanelK ? k : kPanelK); }
 
 constexpr Kernel bf16_avx512_bf16 = {.isa = "avx512_bf16",
                                      .format = Format::kBf16,
+                                     .layout = Layout::kRows,
+                                     .mode = Mode::kExact,
                                      .needs = kFeatureAvx512 | kFeatureAvx512Bf16,
                                      .rank = 3,
                                      .bf16_inputs = true,
-                                     .activation_size = sizeof(uint16_t),
+                                     .row_bytes = padded_row_bytes<sizeof(uint16_t)>,
                                      .load_row = load_row,
-                                     .rows = rows<Vec, Bf16>,
-                                     .pack_from_tokens = 16,
-                                     .panel_bytes = panel_bytes,
-                                     .pack = pack,
-                                     .panel = panel,
+                                     .load_group = nullptr,
+                                     .h_size = sizeof(uint16_t),
+                                     .panel_from_tokens = 16,
+                                     .panel_bytes = longest_panel,
+                                     .multiply = multiply,
                                      .activate = activate<FloatsToBf16>,
                                      .combine = combine<Floats>,
                                      .store_row = store_row_fp32,

@@ -13,7 +13,7 @@
 
 #include <utility>
 
-#include "../kernel.h"
+#include "../row_kernel.h"
 
 namespace ey::cpu {
 namespace {

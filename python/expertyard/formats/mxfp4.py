@@ -12,4 +12,5 @@ FORMAT = Format(
     "mxfp4",
     "float4 e2m1, groups of 32, e8m0 scales",
     lambda rows, cols: rows * ceil_div(cols, GROUP) * GROUP_BYTES,
+    group_size=GROUP,
 )

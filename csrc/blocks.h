@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// The block layout: packed weights of one matrix, the same bytes on the CPU and on GPUs, so that an
+// expert moves between them by a copy. Pure arithmetic; packing.cpp writes it, kernels read it.
+//
+//   blob    blocks, one behind the other
+//   block   32 lanes x all of k; a lane is an output row
+//             w13: block b = gate rows 16 b .. 16 b + 15 (lane set A), up rows 16 b .. (lane set B)
+//             w2:  block b = rows 32 b .. 32 b + 15 (A), 32 b + 16 .. 32 b + 31 (B)
+//           rows beyond the matrix are zeros
+//   line    what shares one run of scales: [32 scales] [32 zeros, if there are any] [steps]
+//           one group along k; two for e8m0, whose scales are 32 + 32 bytes
+//   step    128 bytes: 16 dwords of lane set A, 16 of set B; dword r belongs to the set's row r
+//             bf16        2 k   w[k], w[k + 1]
+//             int8        4 k   code of w[k + j] in byte j, j = 0 .. 3; code = integer + 128
+//             fp8         4 k   e4m3 of w[k + j] in byte j
+//             int4 mxfp4  8 k   byte j: code of w[k + j] in the low nibble, of w[k + 4 + j] in the
+//                               high one; int4 code = integer + 8, mxfp4 code = e2m1
+//
+// k is padded to whole steps (e8m0: to whole lines) with weights of value zero; a last line may be
+// short. Everything is a multiple of 64 bytes. A kernel that wants other pairs of k together orders
+// its activations accordingly; weights are never shuffled at run time.
+#pragma once
+
+#include "moe.h"
+
+#ifdef __CUDACC__
+#define EY_BOTH __host__ __device__
+#else
+#define EY_BOTH
+#endif
+
+namespace ey {
+
+inline constexpr int kLanes = 32;
+inline constexpr int kLaneSet = 16;
+inline constexpr int64_t kStepBytes = 128;
+
+EY_BOTH constexpr int step_k(Format f) {
+  return f == Format::kBf16 ? 2 : f == Format::kInt8 || f == Format::kFp8 ? 4 : 8;
+}
+
+EY_BOTH constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// One matrix with k columns.
+struct BlockShape {
+  Format format;
+  Packing packing;
+  int64_t k;
+
+  EY_BOTH constexpr int64_t groups_in_line() const {
+    return packing.scale_type == ScaleType::kE8m0 ? 2 : 1;
+  }
+  // k of one group; a whole row's is padded to whole steps
+  EY_BOTH constexpr int64_t group() const {
+    return packing.group_size > 0 ? packing.group_size : round_up(k, step_k(format));
+  }
+  EY_BOTH constexpr int64_t line_k() const { return group() * groups_in_line(); }
+  EY_BOTH constexpr int64_t padded_k() const {
+    return round_up(k, groups_in_line() > 1 ? line_k() : step_k(format));
+  }
+  EY_BOTH constexpr int64_t num_groups() const { return (padded_k() + group() - 1) / group(); }
+  EY_BOTH constexpr int64_t num_lines() const { return (padded_k() + line_k() - 1) / line_k(); }
+  EY_BOTH constexpr int64_t scale_bytes() const {  // of one line, without its zeros
+    return packing.scale_type == ScaleType::kNone   ? 0
+           : packing.scale_type == ScaleType::kFp32 ? kLanes * 4
+                                                    : 64;
+  }
+  EY_BOTH constexpr int64_t line_head() const { return scale_bytes() * (packing.zeros ? 2 : 1); }
+  EY_BOTH constexpr int64_t line_bytes() const {  // of a whole line
+    return line_head() + line_k() / step_k(format) * kStepBytes;
+  }
+  EY_BOTH constexpr int64_t block_bytes() const {
+    return num_lines() * line_head() + padded_k() / step_k(format) * kStepBytes;
+  }
+};
+
+EY_BOTH constexpr int64_t w13_blocks(int64_t intermediate_size) {
+  return (intermediate_size + kLaneSet - 1) / kLaneSet;
+}
+EY_BOTH constexpr int64_t w2_blocks(int64_t hidden_size) {
+  return (hidden_size + kLanes - 1) / kLanes;
+}
+
+}  // namespace ey

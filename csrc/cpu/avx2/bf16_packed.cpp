@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+// Packed bf16 weights on AVX2; the loop is block_kernel.h's.
+#include "lanes.h"
+
+namespace ey::cpu {
+namespace {
+
+constexpr Kernel bf16_packed_avx2 = packed_kernel<Bf16Values>();
+
+}  // namespace
+EY_REGISTER_KERNEL(bf16_packed_avx2);
+}  // namespace ey::cpu

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+// int8 weights on AVX2; the loop is block_kernel.h's.
+#include "lanes.h"
+
+namespace ey::cpu {
+namespace {
+
+constexpr Kernel int8_avx2 = packed_kernel<Int8Values>();
+
+}  // namespace
+EY_REGISTER_KERNEL(int8_avx2);
+}  // namespace ey::cpu

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+// fp8 e4m3 weights in plain C++; the loop is block_kernel.h's.
+#include "lanes.h"
+
+namespace ey::cpu {
+namespace {
+
+constexpr Kernel fp8_scalar = packed_kernel<Fp8Values>();
+
+}  // namespace
+EY_REGISTER_KERNEL(fp8_scalar);
+}  // namespace ey::cpu

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// Packed weights in plain C++: a "vector" is one lane.
+#pragma once
+
+#include "../block_kernel.h"
+#include "vec.h"
+
+namespace ey::cpu {
+namespace {
+
+struct Lanes {
+  using F = float;
+  using I = uint32_t;
+  static constexpr int kLanes = 1;
+  static constexpr int kRegs = 4;
+  static constexpr int kMaxTokens = 2;
+
+  static I load_dwords(const char* p) {
+    I v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  template <int n>
+  static I shift_left(I v) {
+    return v << n;
+  }
+  template <int n>
+  static I shift_right(I v) {
+    return v >> n;
+  }
+  static I mask(I v, uint32_t m) { return v & m; }
+  static I add_int(I v, uint32_t n) { return v + n; }
+  static F as_floats(I v) { return bits<float>(v); }
+  static F to_floats(I v) { return static_cast<float>(v); }
+  static F select_small(I v, uint32_t limit, F small, F large) { return v < limit ? small : large; }
+  static F nan_at(I v, uint32_t code, F other) { return v == code ? __builtin_nanf("") : other; }
+  static F sign_of(I sign, F v) { return bits<float>(bits<uint32_t>(v) | sign); }
+  static F load(const float* p) { return *p; }
+  static void store(float* p, F v) { *p = v; }
+  static F set(float v) { return v; }
+  static F add(F a, F b) { return a + b; }
+  static F fma(F a, F b, F c) { return a * b + c; }
+};
+
+template <template <class> class Values>
+constexpr Kernel packed_kernel() {
+  return block_kernel<Lanes, Floats, Values<Lanes>, Vec>("scalar", 0, 0);
+}
+
+}  // namespace
+}  // namespace ey::cpu

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ExpertPacker: the experts of one layer, one by one, into the block layout of csrc/blocks.h.
+
+One arena for all of them, so that an expert costs two blobs and nothing else; the peak is the arena
+and the expert that is being packed.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import KernelError
+from .formats import Format, get_format
+from .native import _C
+from .quantize import QuantizedMatrix, quantize
+from .reference import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
+from .weights import Blobs, PackedExperts
+
+__all__ = ["ExpertPacker", "packed_bytes", "scale_type_of"]
+
+_SCALE_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.uint8: "e8m0",
+}
+_ALIGNMENT = 64
+
+
+def scale_type_of(format: Format, scale_dtype: torch.dtype | None = None) -> str:
+    """What _C calls the type of a format's stored scales; default as in quantize()."""
+    if format.base == "bf16":
+        return "none"
+    if format.base == "mxfp4":
+        return "e8m0"
+    if scale_dtype is None:
+        grouped = format.base in ("int8", "int4") and format.group_size > 0
+        scale_dtype = torch.bfloat16 if grouped else torch.float32
+    if scale_dtype not in _SCALE_TYPES or scale_dtype == torch.uint8:
+        raise KernelError(f"scale_dtype: expected bfloat16, float16 or float32, got {scale_dtype}")
+    return _SCALE_TYPES[scale_dtype]
+
+
+def packed_bytes(
+    format: str,
+    hidden_size: int,
+    intermediate_size: int,
+    scale_dtype: torch.dtype | None = None,
+) -> tuple[int, int]:
+    """Bytes of one packed expert's two blobs, (w13, w2)."""
+    f = _packable(format)
+    w13, w2 = _C.blob_bytes(
+        f.base,
+        scale_type_of(f, scale_dtype),
+        f.group_size,
+        f.asymmetric,
+        hidden_size,
+        intermediate_size,
+    )
+    return int(w13), int(w2)
+
+
+class ExpertPacker:
+    """Packs the experts of one layer; put() each, then finish().
+
+    format       any but fp32 and fp16: "bf16", "int8", "int4-g32", "fp8", "mxfp4" ...
+    scale_dtype  of stored scales (default: quantize()'s); QuantizedMatrix values must have it
+    mode         of the CPU kernels: "exact" keeps activations as they are, "fast" quantises them to
+                 8 bits (integer formats and mxfp4)
+    arena        uint8 [>= num_experts * (w13 + w2 bytes)], 64-byte aligned, to pack into; else one
+                 is allocated on `device`
+    search       quantise plain weights with quantize(search=True)
+    put() may be called from several threads at once for different experts. Raises KernelError.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        format: str,
+        *,
+        device: str | torch.device = "cpu",
+        activation: str = "silu",
+        alpha: float = SWIGLU_OAI_ALPHA,
+        limit: float = SWIGLU_OAI_LIMIT,
+        scale_dtype: torch.dtype | None = None,
+        has_bias: bool = False,
+        mode: str = "exact",
+        arena: Tensor | None = None,
+        search: bool = False,
+    ) -> None:
+        self.format = _packable(format)
+        self.num_experts = num_experts
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.device = torch.device(device)
+        self.search = search
+        self._scale_dtype = scale_dtype
+        self._scale_type = scale_type_of(self.format, scale_dtype)
+        self._has_bias = has_bias
+        self._keywords: dict[str, Any] = {
+            "activation": activation,
+            "alpha": alpha,
+            "limit": limit,
+            "mode": mode,
+        }
+        self.blob_bytes = packed_bytes(format, hidden_size, intermediate_size, scale_dtype)
+        needed = num_experts * sum(self.blob_bytes)
+        if arena is None:
+            arena = aligned_bytes(needed, self.device)
+        elif (
+            arena.dtype != torch.uint8
+            or arena.dim() != 1
+            or arena.numel() < needed
+            or arena.data_ptr() % _ALIGNMENT
+            or arena.device != self.device
+        ):
+            raise KernelError(
+                f"arena: expected uint8 [>= {needed}] on {self.device}, aligned to {_ALIGNMENT} "
+                f"bytes, got {list(arena.shape)} {arena.dtype} on {arena.device} at "
+                f"{arena.data_ptr():#x}"
+            )
+        self._arena = arena
+        self._experts: dict[int, tuple[Tensor, Tensor]] = {}
+        self._biases: dict[int, tuple[Tensor | None, Tensor | None, Tensor | None]] = {}
+
+    def blobs(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Where an expert's w13 and w2 lie in the arena."""
+        w13, w2 = self.blob_bytes
+        start = expert * (w13 + w2)
+        return self._arena[start : start + w13], self._arena[start + w13 : start + w13 + w2]
+
+    def put(
+        self,
+        expert: int,
+        gate: Tensor | QuantizedMatrix,
+        up: Tensor | QuantizedMatrix,
+        down: Tensor | QuantizedMatrix,
+        *,
+        gate_bias: Tensor | None = None,
+        up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
+        """Packs one expert: gate, up [intermediate_size, hidden_size], down [hidden_size,
+        intermediate_size]; plain weights are quantised here. Raises KernelError."""
+        if not 0 <= expert < self.num_experts:
+            raise KernelError(f"expert: expected 0 to {self.num_experts - 1}, got {expert}")
+        inner = (self.intermediate_size, self.hidden_size)
+        sources = [
+            self._source(f"{name}[{expert}]", matrix, shape)
+            for name, matrix, shape in (
+                ("gate", gate, inner),
+                ("up", up, inner),
+                ("down", down, inner[::-1]),
+            )
+        ]
+        w13, w2 = self.blobs(expert)
+        here = self.device.type == "cpu"
+        parts = (w13, w2) if here else (aligned_bytes(w13.numel()), aligned_bytes(w2.numel()))
+        self._pack(sources[:2], inner, parts[0])
+        self._pack(sources[2:], inner[::-1], parts[1])
+        if not here:
+            w13.copy_(parts[0])
+            w2.copy_(parts[1])
+        self._experts[expert] = (w13, w2)
+        self._biases[expert] = (gate_bias, up_bias, down_bias)
+
+    def finish(self) -> PackedExperts:
+        """The packed experts; those that were never put are not here. KernelError if none was."""
+        experts = range(self.num_experts)
+        biases = [self._biases.get(e, (None, None, None)) for e in experts]
+        return PackedExperts.from_blobs(
+            Blobs(
+                self.format,
+                self._scale_type,
+                self.hidden_size,
+                self.intermediate_size,
+                [self._experts[e][0] if e in self._experts else None for e in experts],
+                [self._experts[e][1] if e in self._experts else None for e in experts],
+            ),
+            gate_bias=[b[0] for b in biases],
+            up_bias=[b[1] for b in biases],
+            down_bias=[b[2] for b in biases],
+            **self._keywords,
+        )
+
+    def _source(
+        self, name: str, matrix: Tensor | QuantizedMatrix, shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        given = matrix.codes if isinstance(matrix, QuantizedMatrix) else matrix
+        if tuple(given.shape) != shape:
+            raise KernelError(f"{name}: expected {list(shape)}, got {list(given.shape)}")
+        if self.format.base == "bf16":
+            if isinstance(matrix, QuantizedMatrix):
+                raise KernelError(f"{name}: expected plain weights, got {matrix.format.name} codes")
+            return matrix.detach().to("cpu", torch.bfloat16).contiguous(), None, None
+        if not isinstance(matrix, QuantizedMatrix):
+            matrix = quantize(
+                matrix.detach(), self.format, search=self.search, scale_dtype=self._scale_dtype
+            )
+        if matrix.format.name != self.format.name:
+            raise KernelError(
+                f"{name}: expected codes of {self.format.name}, got {matrix.format.name}"
+            )
+        if _SCALE_TYPES[matrix.scales.dtype] != self._scale_type:
+            raise KernelError(
+                f"{name}: expected scales in {self._scale_type}, got {matrix.scales.dtype}; say "
+                "scale_dtype= when you make the packer"
+            )
+        tensors = (matrix.codes, matrix.scales, matrix.zeros)
+        codes, scales, zeros = (None if t is None else t.cpu().contiguous() for t in tensors)
+        assert codes is not None
+        return codes, scales, zeros
+
+    def _pack(
+        self,
+        sources: list[tuple[Tensor, Tensor | None, Tensor | None]],
+        shape: tuple[int, int],
+        out: Tensor,
+    ) -> None:
+        _C.pack_blob(
+            self.format.base,
+            self._scale_type,
+            self.format.group_size,
+            self.format.asymmetric,
+            rows=shape[0],
+            k=shape[1],
+            sources=[tuple(0 if t is None else t.data_ptr() for t in s) for s in sources],
+            out=out.data_ptr(),
+        )
+
+
+def aligned_bytes(count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Uninitialised uint8 [count] that begins at a multiple of 64 bytes (of a huge page, if large
+    enough to have one)."""
+    alignment = 2 << 20 if count >= 4 << 20 and torch.device(device).type == "cpu" else _ALIGNMENT
+    raw = torch.empty(count + alignment, dtype=torch.uint8, device=device)
+    start = -raw.data_ptr() % alignment
+    aligned = raw[start : start + count]
+    if aligned.device.type == "cpu" and alignment > _ALIGNMENT:
+        _C.advise_huge_pages(aligned.data_ptr(), math.floor(count / alignment) * alignment)
+    return aligned
+
+
+def _packable(name: str) -> Format:
+    found = get_format(name)
+    if found.base in ("fp32", "fp16"):
+        raise KernelError(
+            f"format {name!r} is used in place, not packed; take bf16 or a smaller one"
+        )
+    return found
