@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights as codes and scales: what readers of checkpoints hand to the packer, and how plain weights
-become it. Pure torch, one matrix at a time; no layout (that is csrc/blocks.h).
+"""Weights as codes and scales: what readers of checkpoints hand to the packer, and how plain
+weights become it. Pure torch, one matrix at a time; no layout (that is csrc/blocks.h).
 """
 
 from dataclasses import dataclass

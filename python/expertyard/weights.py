@@ -42,8 +42,8 @@ class Blobs:
 
 
 class PackedExperts:
-    """Experts that a kernel can reach. Make it with from_tensors or from_experts (weights in place),
-    or with ExpertPacker (packed).
+    """Experts that a kernel can reach. Make it with from_tensors or from_experts (weights in
+    place), or with ExpertPacker (packed).
 
     handle             int, what the op takes; valid while this object lives
     format             "bf16", "fp16", "fp32", "int8", "int4-g32", "fp8", "mxfp4" ...
@@ -55,6 +55,19 @@ class PackedExperts:
     """
 
     handle: int
+    format: str
+    layout: str
+    mode: str
+    device: torch.device
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+    alpha: float
+    limit: float
+    _matrices: tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]
+    _biases: list[list[Tensor | None]]
+    _native: dict[str, Any]
 
     def __init__(self) -> None:
         raise TypeError("make PackedExperts with from_tensors, from_experts or ExpertPacker")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""float8 e4m3: 1 byte a weight; one float32 scale a block of 128 x 128 (DeepSeek-V3's own), or one a
-row.
+"""float8 e4m3: 1 byte a weight; one float32 scale a block of 128 x 128 (DeepSeek-V3's own), or
+one a row.
 """
 
 from expertyard.formats.base import Format, ceil_div
