@@ -41,6 +41,10 @@ EY_BOTH constexpr int step_k(Format f) {
 
 EY_BOTH constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+EY_BOTH constexpr int64_t size_of(ScaleType t) {  // bytes of one scale
+  return t == ScaleType::kNone ? 0 : t == ScaleType::kE8m0 ? 1 : t == ScaleType::kFp32 ? 4 : 2;
+}
+
 // One matrix with k columns.
 struct BlockShape {
   Format format;

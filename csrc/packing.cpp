@@ -10,19 +10,6 @@ namespace {
 // The code of the value zero: for missing rows and beyond k.
 uint8_t zero_code(Format f) { return f == Format::kInt8 ? 128 : f == Format::kInt4 ? 8 : 0; }
 
-int64_t scale_size(ScaleType t) {
-  switch (t) {
-    case ScaleType::kNone:
-      return 0;
-    case ScaleType::kE8m0:
-      return 1;
-    case ScaleType::kFp32:
-      return 4;
-    default:
-      return 2;
-  }
-}
-
 // The dword of one row and step, from up to step_k codes; missing ones are `zero`.
 uint32_t dword_of(Format format, const char* codes, int64_t available, uint8_t zero) {
   uint8_t bytes[8];
@@ -63,7 +50,7 @@ void pack_steps(const BlockShape& shape, const LaneRows& set, int64_t begin, int
 }  // namespace
 
 void pack_block(const BlockShape& shape, const LaneRows (&sets)[2], char* out) {
-  const int64_t size = scale_size(shape.packing.scale_type);
+  const int64_t size = size_of(shape.packing.scale_type);
   const int64_t groups = (shape.k + shape.group() - 1) / shape.group();  // that the source has
   for (int64_t line = 0; line < shape.num_lines(); ++line) {
     const int64_t begin = line * shape.line_k();
@@ -93,7 +80,7 @@ void pack_matrices(const BlockShape& shape, int64_t rows, const std::array<uintp
                    int num_sources, char* out) {
   const int64_t groups = (shape.k + shape.group() - 1) / shape.group();
   const int64_t code_stride = shape.k * (shape.format == Format::kBf16 ? 2 : 1);
-  const int64_t scale_stride = groups * scale_size(shape.packing.scale_type);
+  const int64_t scale_stride = groups * size_of(shape.packing.scale_type);
   const int64_t rows_of_block = num_sources == 2 ? kLaneSet : kLanes;
   for (int64_t first = 0; first < rows; first += rows_of_block, out += shape.block_bytes()) {
     LaneRows sets[2];

@@ -503,7 +503,9 @@ Status moe_experts(const Kernel& kernel, const MoeArgs& args, int max_threads) {
                  .panel_bytes = panel_bytes,
                  .strip_run = strip_run,
                  .few = few,
-                 .routed = pass_tokens * layer.x_stride <= kAloneBytes};
+                 .routed = pass_tokens * layer.x_stride <= kAloneBytes,
+                 .w13_tasks = {},
+                 .w2_tasks = {}};
     if (pass.routed) {
       Team alone(1);
       route(pass, alone, 0);

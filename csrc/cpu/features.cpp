@@ -34,6 +34,7 @@ uint32_t detect() {
   const bool f = bit(l7.b, 16), dq = bit(l7.b, 17), bw = bit(l7.b, 30), vl = bit(l7.b, 31);
   if (!(out & kFeatureAvx2) || (saved & kZmm) != kZmm || !(f && dq && bw && vl)) return out;
   out |= kFeatureAvx512;
+  if (bit(l7.c, 1)) out |= kFeatureAvx512Vbmi;
   if (bit(l7.c, 11)) out |= kFeatureAvx512Vnni;
   if (l7.a >= 1 && bit(Leaf(7, 1).a, 5)) out |= kFeatureAvx512Bf16;
   return out;

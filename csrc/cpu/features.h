@@ -12,6 +12,7 @@ enum Feature : uint32_t {
   kFeatureAvx512 = 1u << 1,      // AVX-512 F, BW, DQ, VL
   kFeatureAvx512Vnni = 1u << 2,  // vpdpbusd
   kFeatureAvx512Bf16 = 1u << 3,  // vdpbf16ps
+  kFeatureAvx512Vbmi = 1u << 4,  // vpermi2b
 };
 
 struct FeatureName {
@@ -23,6 +24,7 @@ inline constexpr FeatureName kFeatureNames[] = {
     {kFeatureAvx512, "avx512"},
     {kFeatureAvx512Vnni, "avx512_vnni"},
     {kFeatureAvx512Bf16, "avx512_bf16"},
+    {kFeatureAvx512Vbmi, "avx512_vbmi"},
 };
 
 uint32_t features();  // bits of Feature

@@ -13,27 +13,10 @@
 #include "../features.h"
 #include "../probe.h"
 #include "panel.h"
+#include "vec.h"
 
 namespace ey::cpu {
 namespace {
-
-struct Vec {
-  using X = uint16_t;
-  using W = __m512bh;
-  using Acc = __m512;
-  static constexpr int kWidth = 32;
-  static constexpr int kMaxTokens = 6;
-  static constexpr int rows(int n) { return n == 1 ? 1 : 4; }
-
-  static Acc zero() { return _mm512_setzero_ps(); }
-  static W load_x(const X* p) { return reinterpret_cast<W>(_mm512_loadu_si512(p)); }
-  static void fma(Acc& acc, W w, W x) { acc = _mm512_dpbf16_ps(acc, w, x); }
-  static void mix(Acc& acc, const char* p) { acc = _mm512_xor_ps(acc, _mm512_loadu_ps(p)); }
-  static float sum(Acc a) { return _mm512_reduce_add_ps(a); }
-  static void sum4(Acc a, Acc b, Acc c, Acc d, float* out) {
-    _mm_storeu_ps(out, sum_of_four(a, b, c, d));
-  }
-};
 
 struct Bf16 {
   static constexpr int kSize = 2;

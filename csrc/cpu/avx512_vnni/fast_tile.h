@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+// Packed weights x 8-bit activations on AVX-512 VNNI: vpdpbusd adds four products of an unsigned
+// code and a signed activation to each int32 lane. fast_rows.h has the formula.
+//
+// A lane is an output row. A step is 64 bytes of codes of each lane set; an expander E makes bytes
+// of them, four consecutive k in each lane:
+//   E::kStep     k in a step, four for each dot       E::kDots     dots of a step and lane set
+//   E::kCentre   what comes off every code            e.bytes<i>(codes)   of dot i
+//
+// Integer sums begin at -centre * sum q, so that they end as the exact product; then they become
+// fp32 and are added to c, times both scales. Weights with one scale a row are scaled once, at the
+// end.
+//
+// Registers of a tile of M tokens: 2 M sums, 2 codes, 2 bytes, 1 activation, E's tables.
+#pragma once
+
+#include "../activation.h"
+#include "../avx512/blocks.h"
+#include "../avx512/floats.h"
+#include "../block_kernel.h"
+#include "../fast_rows.h"
+#include "../features.h"
+#include "vec.h"
+
+namespace ey::cpu {
+namespace {
+
+template <class E>
+struct Fast {
+  template <int M>
+  struct Tile {
+    [[gnu::noinline]] static void run(const Stretch& s, const void* const* x_rows, float* c);
+  };
+};
+
+template <class E>
+template <int M>
+void Fast<E>::Tile<M>::run(const Stretch& s, const void* const* x_rows, float* c) {
+  constexpr int kChains = M == 1 ? 4 : M <= 3 ? 2 : 1;
+  constexpr int kUnroll = kChains > E::kDots ? kChains / E::kDots : 1;
+  const BlockShape& shape = *s.shape;
+  const FastRow row({shape.k, shape.packing});
+  const int64_t line_k = shape.line_k();
+  const bool whole_rows = shape.packing.group_size == 0;  // one scale for all of k
+  const ScaleType type = shape.packing.scale_type;
+  const int groups_in_line = static_cast<int>(shape.groups_in_line());
+  const E e;
+
+  const char* x[M];
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m) x[m] = static_cast<const char*>(x_rows[m]);
+
+  const int64_t line = s.k_begin / line_k;
+  const char* head = s.block + line * shape.line_bytes();
+  const char* steps =
+      head + shape.line_head() + (s.k_begin - line * line_k) / E::kStep * kStepBytes;
+  int part = static_cast<int>(s.k_begin / row.sum_group % groups_in_line);
+  const int64_t fetch_step = s.whole ? 128 : 64, second = s.whole ? 64 : 0;
+
+  for (int64_t k = s.k_begin; k < s.k_end;) {
+    const int64_t end = k + row.sum_group < s.k_end ? k + row.sum_group : s.k_end;
+    const int64_t sum_index = k / row.sum_group;
+    const int64_t x_group = k / kGroup;
+
+    __m512i acc[kChains][M][2];
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+      const int32_t sum = reinterpret_cast<const int32_t*>(x[m] + row.sums_at)[sum_index];
+      acc[0][m][0] = acc[0][m][1] = _mm512_set1_epi32(-E::kCentre * sum);
+#pragma GCC unroll 4
+      for (int i = 1; i < kChains; ++i) acc[i][m][0] = acc[i][m][1] = _mm512_setzero_si512();
+    }
+    const int64_t at = steps - s.block;
+    const char* fetch = at < s.tail_at ? s.fetch : s.fetch_tail;
+    fetch = fetch == nullptr ? steps : s.whole ? fetch + at : fetch + at / 2;
+
+    const auto step = [&](auto u) __attribute__((always_inline)) {
+      _mm_prefetch(fetch, _MM_HINT_T0);
+      _mm_prefetch(fetch + second, _MM_HINT_T0);
+      const auto set_a = _mm512_load_si512(steps), set_b = _mm512_load_si512(steps + 64);
+      const auto dot = [&](auto i) __attribute__((always_inline)) {
+        constexpr int kI = decltype(i)::value;
+        constexpr int kChain = (decltype(u)::value * E::kDots + kI) % kChains;
+        const auto w_a = e.template bytes<kI>(set_a), w_b = e.template bytes<kI>(set_b);
+#pragma GCC unroll 12
+        for (int m = 0; m < M; ++m) {
+          int four;
+          __builtin_memcpy(&four, x[m] + k + kI * 4, sizeof four);
+          const auto xm = _mm512_set1_epi32(four);
+          dot_u8_s8(acc[kChain][m][0], w_a, xm);
+          dot_u8_s8(acc[kChain][m][1], w_b, xm);
+        }
+      };
+      [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+        (dot(std::integral_constant<int, I>{}), ...);
+      }(std::make_integer_sequence<int, E::kDots>{});
+      k += E::kStep;
+      steps += kStepBytes;
+      fetch += fetch_step;
+    };
+    while (k + kUnroll * E::kStep <= end) {
+      [&]<int... U>(std::integer_sequence<int, U...>) __attribute__((always_inline)) {
+        (step(std::integral_constant<int, U>{}), ...);
+      }(std::make_integer_sequence<int, kUnroll>{});
+    }
+    while (k < end) step(std::integral_constant<int, 0>{});
+
+    Scales scale, offset;
+    if (!whole_rows) scale = load_scales(type, head + part * kLanes);
+    if (shape.packing.zeros) {
+      offset = load_scales(type, head + shape.scale_bytes());
+      for (auto& o : offset.set) o = _mm512_sub_ps(o, _mm512_set1_ps(E::kCentre));
+    }
+    const bool add = s.add || sum_index > s.k_begin / row.sum_group;
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+      auto scale_x = _mm512_set1_ps(reinterpret_cast<const float*>(x[m] + row.scales_at)[x_group]);
+      if constexpr (E::kUnit != 1) scale_x = _mm512_mul_ps(scale_x, _mm512_set1_ps(E::kUnit));
+#pragma GCC unroll 2
+      for (int set = 0; set < 2; ++set) {
+        auto sum = acc[0][m][set];
+#pragma GCC unroll 4
+        for (int i = 1; i < kChains; ++i) sum = _mm512_add_epi32(sum, acc[i][m][set]);
+        auto v = _mm512_cvtepi32_ps(sum);
+        if (shape.packing.zeros) {
+          const int32_t q = reinterpret_cast<const int32_t*>(x[m] + row.sums_at)[sum_index];
+          v = _mm512_fnmadd_ps(offset.set[set], _mm512_set1_ps(static_cast<float>(q)), v);
+        }
+        const auto by = whole_rows ? scale_x : _mm512_mul_ps(scale.set[set], scale_x);
+        float* out = c + m * kBlockRows + set * kHalfRows;
+        v = add ? _mm512_fmadd_ps(v, by, _mm512_loadu_ps(out)) : _mm512_mul_ps(v, by);
+        _mm512_storeu_ps(out, v);
+      }
+    }
+    if (!whole_rows && ++part == groups_in_line) {
+      part = 0;
+      head += shape.line_bytes();
+      steps = head + shape.line_head();
+    }
+  }
+  if (whole_rows && s.k_end == shape.padded_k()) {
+    const Scales scale = load_scales(type, head);
+    for (int m = 0; m < M; ++m) {
+      for (int set = 0; set < 2; ++set) {
+        float* out = c + m * kBlockRows + set * kHalfRows;
+        _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_loadu_ps(out), scale.set[set]));
+      }
+    }
+  }
+}
+
+inline void fast_load_group(const LoadGroupArgs& a) {
+  const FastRow row(a.shape);
+  alignas(64) float values[kGroup];
+  __builtin_memcpy(values, a.from, a.n * sizeof(float));
+  for (int i = a.n; i < kGroup; ++i) values[i] = 0;
+  auto largest = _mm512_setzero_ps();
+  for (int i = 0; i < kGroup; i += 16) {
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_load_ps(values + i)));
+  }
+  const float most = _mm512_reduce_max_ps(largest);
+  const auto inverse = _mm512_set1_ps(most > 0 ? 127 / most : 0);
+  char* q = a.row + a.k_begin;
+  for (int i = 0; i < kGroup; i += 16) {
+    const auto rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(values + i), inverse));
+    _mm_store_si128(reinterpret_cast<__m128i*>(q + i), _mm512_cvtepi32_epi8(rounded));
+  }
+  reinterpret_cast<float*>(a.row + row.scales_at)[a.k_begin / kGroup] = most / 127;
+  auto* sums = reinterpret_cast<int32_t*>(a.row + row.sums_at) + a.k_begin / row.sum_group;
+  for (int64_t g = 0; g < kGroup / row.sum_group; ++g) {
+    auto sum = _mm256_setzero_si256();
+    for (int64_t i = 0; i < row.sum_group; i += 32) {
+      auto part = _mm512_setzero_si512();
+      const auto bytes = _mm512_castsi256_si512(
+          _mm256_load_si256(reinterpret_cast<const __m256i*>(q + g * row.sum_group + i)));
+      dot_u8_s8(part, _mm512_set1_epi8(1), bytes);
+      sum = _mm256_add_epi32(sum, _mm512_castsi512_si256(part));
+    }
+    const auto half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    const auto pair = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+    sums[g] = _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0xB1)));
+  }
+}
+
+template <class E>
+void multiply_fast(const MultiplyArgs& a) {
+  static constexpr auto table =
+      tile_table<Fast<E>::template Tile>(std::make_integer_sequence<int, kTileM>{});
+  run_tiles<kTileM>(a, {E::kFormat, a.w.packing, a.w.k}, nullptr, table.of);
+}
+
+template <class E>
+constexpr Kernel fast_kernel() {
+  return {.isa = "avx512_vnni",
+          .format = E::kFormat,
+          .layout = Layout::kBlocks,
+          .mode = Mode::kFast,
+          .needs = kFeatureAvx512 | kFeatureAvx512Vnni,
+          .rank = 3,
+          .bf16_inputs = false,
+          .row_bytes = fast_row_bytes,
+          .load_row = load_row_by_groups<fast_load_group>,
+          .load_group = fast_load_group,
+          .h_size = sizeof(float),
+          .panel_from_tokens = 0,
+          .panel_bytes = nullptr,
+          .multiply = multiply_fast<E>,
+          .activate = activate<Floats>,
+          .combine = combine<Floats>,
+          .store_row = store_row_fp32,
+          .peak = peak<Vec, 24>,
+          .read = read_lines<Vec, 1>};
+}
+
+}  // namespace
+}  // namespace ey::cpu

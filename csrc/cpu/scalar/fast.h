@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+// Mode::kFast in plain C++: the readable truth of 8-bit activations.
+//
+//   c = sum over groups of activations of scale_x * sum over groups of weights inside of
+//       scale_w * (sum code * q - centre * sum q - (zero - centre) * sum q)
+// with integer sums exact. mxfp4 codes count as twice their value, plus 12: integers again.
+#pragma once
+
+#include <cmath>
+
+#include "../fast_rows.h"
+#include "lanes.h"
+
+namespace ey::cpu {
+namespace {
+
+inline void fast_load_group(const LoadGroupArgs& a) {
+  const FastRow row(a.shape);
+  auto* q = reinterpret_cast<int8_t*>(a.row) + a.k_begin;
+  float largest = 0;
+  for (int i = 0; i < a.n; ++i) largest = std::fmax(largest, std::fabs(a.from[i]));
+  const float inverse = largest > 0 ? 127 / largest : 0;
+  for (int i = 0; i < kGroup; ++i) {
+    q[i] = static_cast<int8_t>(i < a.n ? std::nearbyint(a.from[i] * inverse) : 0);
+  }
+  reinterpret_cast<float*>(a.row + row.scales_at)[a.k_begin / kGroup] = largest / 127;
+  auto* sums = reinterpret_cast<int32_t*>(a.row + row.sums_at) + a.k_begin / row.sum_group;
+  for (int64_t g = 0; g < kGroup / row.sum_group; ++g) {
+    sums[g] = 0;
+    for (int64_t i = 0; i < row.sum_group; ++i) sums[g] += q[g * row.sum_group + i];
+  }
+}
+
+// Unsigned integer of a code, what it stands for at zero, and how many times too large it is.
+struct Int8Codes {
+  static constexpr Format kFormat = Format::kInt8;
+  static constexpr int kStep = 4, kCentre = 128;
+  static constexpr float kUnit = 1;
+  static int code(uint32_t dword, int j) { return dword >> 8 * j & 0xFF; }
+};
+struct Int4Codes {
+  static constexpr Format kFormat = Format::kInt4;
+  static constexpr int kStep = 8, kCentre = 8;
+  static constexpr float kUnit = 1;
+  static int code(uint32_t dword, int j) { return dword >> (j % 4 * 8 + j / 4 * 4) & 0xF; }
+};
+struct Mxfp4Codes {
+  static constexpr Format kFormat = Format::kMxfp4;
+  static constexpr int kStep = 8, kCentre = 12;
+  static constexpr float kUnit = 0.5f;
+  static int code(uint32_t dword, int j) {
+    constexpr int twice[] = {0, 1, 2, 3, 4, 6, 8, 12};
+    const int bits = Int4Codes::code(dword, j);
+    return kCentre + (bits & 8 ? -twice[bits & 7] : twice[bits & 7]);
+  }
+};
+
+template <class W>
+float fast_dot(const BlockShape& shape, const char* block, int lane, const char* x) {
+  const FastRow row({shape.k, shape.packing});
+  const auto* q = reinterpret_cast<const int8_t*>(x);
+  const auto* scale_x = reinterpret_cast<const float*>(x + row.scales_at);
+  const auto* sums = reinterpret_cast<const int32_t*>(x + row.sums_at);
+  float total = 0;
+  const int64_t padded = shape.padded_k(), group = shape.group();
+  for (int64_t k = 0; k < padded;) {
+    const int64_t line = k / shape.line_k(), part = k % shape.line_k() / group;
+    const char* head = block + line * shape.line_bytes();
+    float scale = 0, zero = W::kCentre;
+    scales_to_fp32(shape.packing.scale_type,
+                   head + (part * kLanes + lane) * size_of(shape.packing.scale_type), 1, &scale);
+    if (shape.packing.zeros) {
+      scales_to_fp32(shape.packing.scale_type,
+                     head + shape.scale_bytes() + lane * size_of(shape.packing.scale_type), 1,
+                     &zero);
+    }
+    const int64_t end = k + row.sum_group < padded ? k + row.sum_group : padded;
+    const int64_t sum = sums[k / row.sum_group];
+    const float x_scale = scale_x[k / kGroup];
+    int64_t dot = 0;
+    for (; k < end; k += W::kStep) {
+      const char* step =
+          head + shape.line_head() + (k - line * shape.line_k()) / W::kStep * kStepBytes;
+      const uint32_t dword = Lanes::load_dwords(step + lane * 4);
+      for (int j = 0; j < W::kStep; ++j) dot += W::code(dword, j) * q[k + j];
+    }
+    const auto exact = static_cast<float>(dot - W::kCentre * sum);
+    total += x_scale * scale * W::kUnit * (exact - (zero - W::kCentre) * static_cast<float>(sum));
+  }
+  return total;
+}
+
+template <class W>
+void fast_multiply(const MultiplyArgs& a) {
+  const BlockShape shape{W::kFormat, a.w.packing, a.w.k};
+  for (int t = 0; t < a.num_tokens; ++t) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      a.c[t * kBlockRows + lane] =
+          fast_dot<W>(shape, a.w.block, lane, static_cast<const char*>(a.x[t]));
+    }
+  }
+}
+
+template <class W>
+constexpr Kernel fast_kernel() {
+  Kernel k = packed_kernel<Int4Values>();
+  k.format = W::kFormat;
+  k.mode = Mode::kFast;
+  k.row_bytes = fast_row_bytes;
+  k.load_row = load_row_by_groups<fast_load_group>;
+  k.load_group = fast_load_group;
+  k.multiply = fast_multiply<W>;
+  return k;
+}
+
+}  // namespace
+}  // namespace ey::cpu
