@@ -87,8 +87,8 @@ void Fast<E>::Tile<M>::run(const Stretch& s, const void* const* x_rows, float* c
           int four;
           __builtin_memcpy(&four, x[m] + k + kI * 4, sizeof four);
           const auto xm = _mm512_set1_epi32(four);
-          dot_u8_s8(acc[kChain][m][0], w_a, xm);
-          dot_u8_s8(acc[kChain][m][1], w_b, xm);
+          acc[kChain][m][0] = dot_u8_s8(acc[kChain][m][0], w_a, xm);
+          acc[kChain][m][1] = dot_u8_s8(acc[kChain][m][1], w_b, xm);
         }
       };
       [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
@@ -170,10 +170,9 @@ inline void fast_load_group(const LoadGroupArgs& a) {
   for (int64_t g = 0; g < kGroup / row.sum_group; ++g) {
     auto sum = _mm256_setzero_si256();
     for (int64_t i = 0; i < row.sum_group; i += 32) {
-      auto part = _mm512_setzero_si512();
       const auto bytes = _mm512_castsi256_si512(
           _mm256_load_si256(reinterpret_cast<const __m256i*>(q + g * row.sum_group + i)));
-      dot_u8_s8(part, _mm512_set1_epi8(1), bytes);
+      const auto part = dot_u8_s8(_mm512_setzero_si512(), _mm512_set1_epi8(1), bytes);
       sum = _mm256_add_epi32(sum, _mm512_castsi512_si256(part));
     }
     const auto half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
