@@ -26,18 +26,49 @@ KERNELS = [
 ]
 
 
-@pytest.fixture(params=KERNELS)
-def kernel(request: pytest.FixtureRequest):
-    chosen: Kernel = request.param
+# What is the schedule's and not a kernel's: one kernel of each layout and mode, in the
+# plainest room and in the best one that this CPU has.
+_BEST = {
+    (k.layout, k.mode): k
+    for k in kernels()
+    if k.runnable
+    and k.isa != "scalar"
+    and k.format == ("bf16" if k.layout == "rows" else "int4")
+    and k.name == _C.kernel_name(k.format, "bfloat16", k.layout, k.mode)
+}
+_PLAIN = {
+    (k.layout, k.mode): k
+    for k in kernels()
+    if k.isa == "scalar" and k.format == ("bf16" if k.layout == "rows" else "int4")
+}
+EXAMPLES = [pytest.param(k, id=k.name) for k in (*_BEST.values(), *_PLAIN.values())]
+
+
+def forced(chosen: Kernel):
     _C.force_isa(chosen.isa)
     poison_scratch()
     yield chosen
     _C.force_isa(None)
 
 
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest):
+    yield from forced(request.param)
+
+
+@pytest.fixture(params=EXAMPLES)
+def example(request: pytest.FixtureRequest):
+    yield from forced(request.param)
+
+
 def check(kernel: Kernel, hidden_dtype: torch.dtype | None = None, **problem) -> None:
     for dtype in kernel.hidden_dtypes() if hidden_dtype is None else (hidden_dtype,):
-        p = random_problem(format=kernel.format, hidden_dtype=dtype, **problem)
+        p = random_problem(
+            **{"format": kernel.format, **problem},
+            layout=kernel.layout,
+            mode=kernel.mode,
+            hidden_dtype=dtype,
+        )
         packed = p.pack()
         out = moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, packed)
         assert packed.last_kernel == kernel.name  # what we mean to test is what ran
@@ -60,10 +91,31 @@ def test_kernel_matches_float64(kernel: Kernel, shape: str, num_tokens: int) -> 
     )
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_variant_and_type_of_scale(kernel: Kernel, scale_dtype: torch.dtype) -> None:
+    """Groups of every size, with a short last one; zeros; one token, a tile, several tiles."""
+    if kernel.layout == "rows" or kernel.format == "bf16":
+        pytest.skip("plain weights have no scales")
+    for format in kernel.formats():
+        for num_tokens in (1, 5, 30):
+            check(
+                kernel,
+                kernel.hidden_dtypes()[0],
+                num_tokens=num_tokens,
+                hidden_size=232,
+                intermediate_size=172,
+                num_experts=2,
+                top_k=1,
+                bias=True,
+                format=format,
+                scale_dtype=scale_dtype,
+            )
+
+
 @pytest.mark.parametrize("top_k", range(1, 9))
-def test_any_top_k(kernel: Kernel, top_k: int) -> None:
+def test_any_top_k(example: Kernel, top_k: int) -> None:
     check(
-        kernel,
+        example,
         num_tokens=9,
         hidden_size=96,
         intermediate_size=48,
@@ -108,11 +160,11 @@ def test_experts_hit_by_everyone_and_by_nobody(kernel: Kernel, num_tokens: int) 
     )
 
 
-def test_more_tokens_than_one_pass(kernel: Kernel) -> None:
+def test_more_tokens_than_one_pass(example: Kernel) -> None:
     """h is bounded (128 MiB): a long prompt is computed in passes, here of 512 or 1024 tokens."""
     check(
-        kernel,
-        kernel.hidden_dtypes()[0],
+        example,
+        example.hidden_dtypes()[0],
         num_tokens=1100,
         hidden_size=8,
         intermediate_size=8192,
@@ -121,8 +173,8 @@ def test_more_tokens_than_one_pass(kernel: Kernel) -> None:
     )
 
 
-def test_no_tokens(kernel: Kernel) -> None:
-    check(kernel, num_tokens=0, hidden_size=64, intermediate_size=32, num_experts=4, top_k=2)
+def test_no_tokens(example: Kernel) -> None:
+    check(example, num_tokens=0, hidden_size=64, intermediate_size=32, num_experts=4, top_k=2)
 
 
 def test_large_activations_saturate_like_the_reference(kernel: Kernel) -> None:
@@ -135,6 +187,8 @@ def test_large_activations_saturate_like_the_reference(kernel: Kernel) -> None:
             num_experts=4,
             top_k=2,
             format=kernel.format,
+            layout=kernel.layout,
+            mode=kernel.mode,
             hidden_dtype=kernel.hidden_dtypes()[0],
             activation=activation,
         )
@@ -152,6 +206,8 @@ def test_nan_reaches_the_output_of_its_token_only(kernel: Kernel) -> None:
         num_experts=4,
         top_k=2,
         format=kernel.format,
+        layout=kernel.layout,
+        mode=kernel.mode,
         hidden_dtype=kernel.hidden_dtypes()[0],
     )
     p.hidden_states[7, 3] = float("nan")
@@ -160,15 +216,17 @@ def test_nan_reaches_the_output_of_its_token_only(kernel: Kernel) -> None:
     assert bad.nonzero().flatten().tolist() == [7]
 
 
-def test_the_same_bits_for_any_number_of_threads(kernel: Kernel) -> None:
+def test_the_same_bits_for_any_number_of_threads(example: Kernel) -> None:
     p = random_problem(
         num_tokens=64,
         hidden_size=320,
         intermediate_size=200,
         num_experts=6,
         top_k=3,
-        format=kernel.format,
-        hidden_dtype=kernel.hidden_dtypes()[0],
+        format=example.format,
+        layout=example.layout,
+        mode=example.mode,
+        hidden_dtype=example.hidden_dtypes()[0],
     )
     packed = p.pack()
     threads = torch.get_num_threads()

@@ -54,6 +54,26 @@ def split_gate_up(gate_up: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     return gate_up[:, :half], gate_up[:, half:]
 
 
+ACTIVATION_GROUP = 128
+
+
+def round_activations(x: Tensor, bits: int = 8) -> Tensor:
+    """x [rows, cols] rounded to signed integers of `bits` bits, times one scale for each row and
+    group of ACTIVATION_GROUP columns: scale = max |x| / (2^(bits - 1) - 1). Same dtype.
+
+    The integers are found in float32, as kernels find them: bf16 values often lie halfway.
+    """
+    largest_integer = 2 ** (bits - 1) - 1
+    rounded = []
+    for group in x.split(ACTIVATION_GROUP, dim=1):
+        largest = group.float().abs().amax(1, keepdim=True)
+        # not number / tensor, which torch makes a reciprocal and a product: rounded twice
+        inverse = torch.full_like(largest, largest_integer).div(largest)
+        integers = (group.float() * torch.where(largest > 0, inverse, 0)).round()
+        rounded.append(integers.to(x.dtype) * (largest / largest_integer).to(x.dtype))
+    return torch.cat(rounded, dim=1)
+
+
 def moe_experts_reference(
     hidden_states: Tensor,
     topk_ids: Tensor,
@@ -68,16 +88,20 @@ def moe_experts_reference(
     alpha: float = SWIGLU_OAI_ALPHA,
     limit: float = SWIGLU_OAI_LIMIT,
     dtype: torch.dtype = torch.float64,
+    activation_bits: int | None = None,
 ) -> Tensor:
     """sum_k topk_weights[t, k] * FFN[topk_ids[t, k]](hidden_states[t]), all of it in dtype.
 
     hidden_states [T, H], topk_ids [T, K] int, topk_weights [T, K], gate_up [E, 2I, H],
     down [E, H, I], gate_up_bias [E, 2I], down_bias [E, H]; returns [T, H] in dtype.
-    An id of -1 or E adds nothing.
+    An id of -1 or E adds nothing. activation_bits=8: hidden_states and h go through
+    round_activations() first, as in mode "fast".
     """
     num_experts = down.shape[0]
     x, weights = hidden_states.to(dtype), topk_weights.to(dtype)
     out = torch.zeros_like(x)
+    if activation_bits is not None:
+        x = round_activations(x, activation_bits)
     w_gate, w_up = split_gate_up(gate_up, interleaved)
     biases = split_gate_up(gate_up_bias, interleaved) if gate_up_bias is not None else None
     for expert in range(num_experts):
@@ -89,7 +113,10 @@ def moe_experts_reference(
         if biases is not None:
             gate = gate + biases[0][expert].to(dtype)
             up = up + biases[1][expert].to(dtype)
-        y = apply_activation(gate, up, activation, alpha, limit) @ down[expert].to(dtype).T
+        h = apply_activation(gate, up, activation, alpha, limit)
+        if activation_bits is not None:
+            h = round_activations(h, activation_bits)
+        y = h @ down[expert].to(dtype).T
         if down_bias is not None:
             y = y + down_bias[expert].to(dtype)
         out.index_add_(0, token, y * weights[token, k, None])

@@ -4,13 +4,16 @@
 Public, so that whoever adds a kernel or an engine on top can check it the way we do.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from .formats import get_format, variant_names
 from .native import _C
-from .reference import moe_experts_reference
+from .packing import ExpertPacker
+from .quantize import QuantizedMatrix, quantize
+from .reference import moe_experts_reference, split_gate_up
 from .weights import FORMAT_OF_DTYPE, PackedExperts
 
 DTYPE_OF_FORMAT = {name: dtype for dtype, name in FORMAT_OF_DTYPE.items()}
@@ -20,11 +23,16 @@ DTYPE_OF_FORMAT = {name: dtype for dtype, name in FORMAT_OF_DTYPE.items()}
 #   float32 inside, float32 out   summation order only
 #   float32 inside, 16 bits out   one rounding of the result: 2^-9 (bf16) or 2^-12 (fp16) at most
 #   bf16 inputs                   h is rounded to bf16 as well
+#   8-bit inputs                  as fp32 inside, against a reference that rounds x and h to 8 bits
+#                                 too; here and there an h next to a border rounds the other way
 TOLERANCE = {
     ("fp32 inside", torch.float32): 2e-6,
     ("fp32 inside", torch.float16): 4e-4,
     ("fp32 inside", torch.bfloat16): 2.5e-3,
     ("bf16 inputs", torch.bfloat16): 3.5e-3,
+    ("8-bit inputs", torch.float32): 1e-3,
+    ("8-bit inputs", torch.float16): 1.2e-3,
+    ("8-bit inputs", torch.bfloat16): 3e-3,
 }
 
 
@@ -34,6 +42,8 @@ class Kernel:
 
     name: str
     format: str
+    layout: str
+    mode: str
     isa: str
     bf16_inputs: bool
     runnable: bool
@@ -46,20 +56,38 @@ class Kernel:
         return (torch.bfloat16,) if self.bf16_inputs else (*FORMAT_OF_DTYPE,)
 
     def tolerance(self, hidden_dtype: torch.dtype) -> float:
-        return TOLERANCE["bf16 inputs" if self.bf16_inputs else "fp32 inside", hidden_dtype]
+        inside = "bf16 inputs" if self.bf16_inputs else "fp32 inside"
+        return TOLERANCE["8-bit inputs" if self.mode == "fast" else inside, hidden_dtype]
+
+    def formats(self) -> tuple[str, ...]:
+        """Every format that the kernel serves, with its variants."""
+        return (self.format, *variant_names(self.format))
 
 
 def kernels() -> list[Kernel]:
     """Every CPU kernel of this build, also those that this CPU cannot run."""
     return [
-        Kernel(k["name"], k["format"], k["isa"], k["bf16_inputs"], k["runnable"], (*k["missing"],))
+        Kernel(
+            name=k["name"],
+            format=k["format"],
+            layout=k["layout"],
+            mode=k["mode"],
+            isa=k["isa"],
+            bf16_inputs=k["bf16_inputs"],
+            runnable=k["runnable"],
+            missing=(*k["missing"],),
+        )
         for k in _C.kernels()
     ]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A random call of the op and everything to check it with."""
+    """A random call of the op and everything to check it with.
+
+    gate_up, down   plain weights; of a quantised format: what its codes stand for, in float64
+    quantized       then (gate, up, down) of each expert
+    """
 
     hidden_states: Tensor
     topk_ids: Tensor
@@ -71,15 +99,47 @@ class Problem:
     activation: str
     interleaved: bool
 
+    format: str = "bf16"
+    layout: str = "rows"
+    mode: str = "exact"
+    quantized: tuple[tuple[QuantizedMatrix, ...], ...] | None = None
+
     def pack(self) -> PackedExperts:
-        return PackedExperts.from_tensors(
-            self.gate_up,
-            self.down,
-            gate_up_bias=self.gate_up_bias,
-            down_bias=self.down_bias,
+        if self.layout == "rows":
+            return PackedExperts.from_tensors(
+                self.gate_up,
+                self.down,
+                gate_up_bias=self.gate_up_bias,
+                down_bias=self.down_bias,
+                activation=self.activation,
+                interleaved=self.interleaved,
+            )
+        num_experts, hidden_size, intermediate_size = self.down.shape
+        scale_dtype = None
+        if self.quantized is not None and self.quantized[0][0].scales.dtype != torch.uint8:
+            scale_dtype = self.quantized[0][0].scales.dtype
+        packer = ExpertPacker(
+            num_experts,
+            hidden_size,
+            intermediate_size,
+            self.format,
             activation=self.activation,
-            interleaved=self.interleaved,
+            mode=self.mode,
+            scale_dtype=scale_dtype,
         )
+        gate, up = split_gate_up(self.gate_up, self.interleaved)
+        biases: list[dict[str, Tensor]] = [{} for _ in range(num_experts)]
+        if self.gate_up_bias is not None and self.down_bias is not None:
+            gate_bias, up_bias = split_gate_up(self.gate_up_bias, self.interleaved)
+            biases = [
+                {"gate_bias": g, "up_bias": u, "down_bias": d}
+                for g, u, d in zip(gate_bias, up_bias, self.down_bias, strict=True)
+            ]
+        for expert in range(num_experts):
+            plain = (gate[expert], up[expert], self.down[expert])
+            matrices = plain if self.quantized is None else self.quantized[expert]
+            packer.put(expert, *matrices, **biases[expert])
+        return packer.finish()
 
     def reference(self) -> Tensor:
         """[num_tokens, hidden_size] float64"""
@@ -93,6 +153,7 @@ class Problem:
             down_bias=self.down_bias,
             activation=self.activation,
             interleaved=self.interleaved,
+            activation_bits=8 if self.mode == "fast" else None,
         )
 
 
@@ -120,6 +181,9 @@ def random_problem(
     num_experts: int,
     top_k: int,
     format: str = "bf16",
+    layout: str = "rows",
+    mode: str = "exact",
+    scale_dtype: torch.dtype | None = None,
     hidden_dtype: torch.dtype = torch.bfloat16,
     activation: str = "silu",
     bias: bool = False,
@@ -127,18 +191,21 @@ def random_problem(
     routing: str = "uniform",
     seed: int = 0,
 ) -> Problem:
-    """Gaussian weights of unit gain, Gaussian hidden states, positive routing weights."""
+    """Gaussian weights of unit gain, Gaussian hidden states, positive routing weights.
+
+    format   with its variant ("int4-g32"); a quantised one needs layout="blocks"
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=generator) * scale
 
-    dtype = DTYPE_OF_FORMAT[format]
+    dtype = DTYPE_OF_FORMAT.get(format, torch.float32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         topk_ids = random_ids(num_tokens, num_experts, top_k, routing)
     rows = 2 * intermediate_size
-    return Problem(
+    problem = Problem(
         hidden_states=normal(num_tokens, hidden_size).to(hidden_dtype),
         topk_ids=topk_ids,
         topk_weights=torch.rand(num_tokens, top_k, generator=generator) + 0.1,
@@ -150,7 +217,27 @@ def random_problem(
         down_bias=normal(num_experts, hidden_size) if bias else None,
         activation=activation,
         interleaved=interleaved,
+        format=format,
+        layout=layout,
+        mode=mode,
     )
+    return problem if format in DTYPE_OF_FORMAT else _quantized(problem, scale_dtype)
+
+
+def _quantized(p: Problem, scale_dtype: torch.dtype | None) -> Problem:
+    """The same problem with weights of p.format."""
+    format = get_format(p.format)
+    gate, up = split_gate_up(p.gate_up, p.interleaved)
+    experts = tuple(
+        tuple(quantize(m, format, scale_dtype=scale_dtype) for m in matrices)
+        for matrices in zip(gate, up, p.down, strict=True)
+    )
+    gate_up = torch.empty(p.gate_up.shape, dtype=torch.float64)
+    for halves, index in zip(split_gate_up(gate_up, p.interleaved), (0, 1), strict=True):
+        for expert, matrices in enumerate(experts):
+            halves[expert].copy_(matrices[index].dequantize())
+    down = torch.stack([matrices[2].dequantize() for matrices in experts])
+    return replace(p, gate_up=gate_up, down=down, quantized=experts)
 
 
 def calc_diff(got: Tensor, expected: Tensor) -> float:

@@ -155,10 +155,14 @@ inline void fast_load_group(const LoadGroupArgs& a) {
   __builtin_memcpy(values, a.from, a.n * sizeof(float));
   for (int i = a.n; i < kGroup; ++i) values[i] = 0;
   auto largest = _mm512_setzero_ps();
+  __mmask16 finite = 0xFFFF;
   for (int i = 0; i < kGroup; i += 16) {
-    largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_load_ps(values + i)));
+    const auto v = _mm512_abs_ps(_mm512_load_ps(values + i));
+    finite &= _mm512_cmp_ps_mask(v, _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+    largest = _mm512_max_ps(largest, v);
   }
-  const float most = _mm512_reduce_max_ps(largest);
+  // What is not finite has no integer: a scale of NaN brings it to the token's output.
+  const float most = finite == 0xFFFF ? _mm512_reduce_max_ps(largest) : __builtin_nanf("");
   const auto inverse = _mm512_set1_ps(most > 0 ? 127 / most : 0);
   char* q = a.row + a.k_begin;
   for (int i = 0; i < kGroup; i += 16) {

@@ -18,10 +18,16 @@ inline void fast_load_group(const LoadGroupArgs& a) {
   const FastRow row(a.shape);
   auto* q = reinterpret_cast<int8_t*>(a.row) + a.k_begin;
   float largest = 0;
-  for (int i = 0; i < a.n; ++i) largest = std::fmax(largest, std::fabs(a.from[i]));
+  bool finite = true;
+  for (int i = 0; i < a.n; ++i) {
+    finite = finite && std::isfinite(a.from[i]);
+    largest = std::fmax(largest, std::fabs(a.from[i]));
+  }
+  // What is not finite has no integer: a scale of NaN brings it to the token's output.
+  if (!finite) largest = NAN;
   const float inverse = largest > 0 ? 127 / largest : 0;
   for (int i = 0; i < kGroup; ++i) {
-    q[i] = static_cast<int8_t>(i < a.n ? std::nearbyint(a.from[i] * inverse) : 0);
+    q[i] = static_cast<int8_t>(i < a.n && finite ? std::nearbyint(a.from[i] * inverse) : 0);
   }
   reinterpret_cast<float*>(a.row + row.scales_at)[a.k_begin / kGroup] = largest / 127;
   auto* sums = reinterpret_cast<int32_t*>(a.row + row.sums_at) + a.k_begin / row.sum_group;
