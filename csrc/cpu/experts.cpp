@@ -179,19 +179,25 @@ void multiply(const Pass& p, const Weights& w, const void* const* x, int64_t beg
   }
 }
 
-// Block `index` of active expert a's gate and up, and the block that is read after it: this
-// expert's next one, or the first one of the expert that the tasks come to next.
-Weights w13_weights(const Pass& p, int order, int64_t index) {
+// A block of w13: of which expert, in the order of the tasks, and which of its blocks. order < 0:
+// none.
+struct W13Place {
+  int order;
+  int64_t index;
+};
+
+// A block of gate and up, and the block that this thread reads after it.
+Weights w13_weights(const Pass& p, W13Place here, W13Place after) {
   const ExpertSet& set = p.layer.set;
   const Routing& r = p.routing;
   const auto expert = [&](int o) { return set.experts[r.active[r.by_load[o]]]; };
-  const ExpertPointers e = expert(order);
+  const int64_t index = here.index;
+  const ExpertPointers e = expert(here.order);
   Weights w{};
   w.k = set.hidden_size;
-  const bool last = (index + 1) * kHalfRows >= set.intermediate_size;
-  const bool has_next = !last || order + 1 < r.num_active;
-  const ExpertPointers next = last && has_next ? expert(order + 1) : e;
-  const int64_t next_index = last ? 0 : index + 1;
+  const bool has_next = after.order >= 0;
+  const ExpertPointers next = has_next ? expert(after.order) : e;
+  const int64_t next_index = after.index;
   if (set.layout == Layout::kBlocks) {
     w.packing = set.packing;
     w.block = static_cast<const char*>(e.gate) + index * p.layer.w13_bytes;
@@ -216,14 +222,14 @@ Weights w13_weights(const Pass& p, int order, int64_t index) {
 
 // Slots begin .. end of one expert through one block; h_row(slot) says where the values go.
 template <class Row>
-void w13_block(Pass& p, int order, int64_t index, int64_t begin, int64_t end, int64_t h_stride,
+void w13_block(Pass& p, W13Place here, W13Place after, int64_t begin, int64_t end, int64_t h_stride,
                int thread, Row h_row) {
   const Layer& l = p.layer;
   const Routing& r = p.routing;
-  const int a = r.by_load[order];
+  const int a = r.by_load[here.order];
   const ExpertPointers& e = l.set.experts[r.active[a]];
-  const int64_t row = index * kHalfRows;
-  const Weights w = w13_weights(p, order, index);
+  const int64_t row = here.index * kHalfRows;
+  const Weights w = w13_weights(p, here, after);
   multiply(p, w, p.x_of, begin, end, r.first[a + 1] - r.first[a], thread,
            [&](int64_t s, int tokens) {
              l.kernel.activate({.c = p.tile(thread),
@@ -241,57 +247,70 @@ void w13_block(Pass& p, int order, int64_t index, int64_t begin, int64_t end, in
 }
 
 // All slots of an expert through one block.
-void w13_single(Pass& p, int order, int64_t index, int thread) {
+void w13_single(Pass& p, W13Place here, W13Place after, int thread) {
   const Layer& l = p.layer;
   const Routing& r = p.routing;
-  const int a = r.by_load[order];
+  const int a = r.by_load[here.order];
   const bool staged = l.groups_h;
   const int64_t stride = staged ? l.stage_stride : l.h_stride;
   const int64_t size = staged ? sizeof(float) : l.kernel.h_size;
-  char* base = (staged ? p.stage : p.h) + index * kHalfRows * size;
-  w13_block(p, order, index, r.first[a], r.first[a + 1], stride, thread,
+  char* base = (staged ? p.stage : p.h) + here.index * kHalfRows * size;
+  w13_block(p, here, after, r.first[a], r.first[a + 1], stride, thread,
             [&](int64_t s) { return base + s * stride; });
 }
 
 // All slots of an expert through the blocks of one group of h, and the group into their rows.
-void w13_group(Pass& p, int order, int64_t group, int thread) {
+// `here` and `after` are the groups' first blocks.
+void w13_group(Pass& p, W13Place here, W13Place after, int thread) {
   const Layer& l = p.layer;
   const Routing& r = p.routing;
-  const int a = r.by_load[order];
+  const int a = r.by_load[here.order];
   const int64_t end = r.first[a + 1];
-  const int64_t first_block = group * kGroupBlocks;
+  const int64_t first_block = here.index;
   const int64_t last_block =
-      std::min(first_block + kGroupBlocks, ceil_div(l.set.intermediate_size, kHalfRows));
+      std::min(first_block + kGroupBlocks, w13_blocks(l.set.intermediate_size));
+  const int64_t k_begin = first_block * kHalfRows;
   float* stage = p.group_stage(thread);
   for (int64_t s = r.first[a]; s < end; s += kTileTokens) {
     const int64_t chunk_end = std::min(s + kTileTokens, end);
     for (int64_t block = first_block; block < last_block; ++block) {
-      w13_block(p, order, block, s, chunk_end, kGroup * sizeof(float), thread, [&](int64_t) {
+      const W13Place now{here.order, block};
+      const W13Place next = block + 1 < last_block ? W13Place{here.order, block + 1}
+                            : chunk_end < end      ? here
+                                                   : after;
+      w13_block(p, now, next, s, chunk_end, kGroup * sizeof(float), thread, [&](int64_t) {
         return reinterpret_cast<char*>(stage + (block - first_block) * kHalfRows);
       });
     }
     for (int64_t slot = s; slot < chunk_end; ++slot) {
-      l.kernel.load_group({.from = stage + (slot - s) * kGroup,
-                           .n = static_cast<int>(
-                               std::min<int64_t>(kGroup, l.set.intermediate_size - group * kGroup)),
-                           .k_begin = group * kGroup,
-                           .shape = l.h_shape,
-                           .row = p.h + slot * l.h_stride});
+      l.kernel.load_group(
+          {.from = stage + (slot - s) * kGroup,
+           .n = static_cast<int>(std::min<int64_t>(kGroup, l.set.intermediate_size - k_begin)),
+           .k_begin = k_begin,
+           .shape = l.h_shape,
+           .row = p.h + slot * l.h_stride});
     }
   }
 }
 
 void w13(Pass& p, int thread, int threads) {
   const bool grouped = p.layer.groups_h && !p.few;
-  const int64_t unit = grouped ? kGroup : kHalfRows;
-  const int64_t per_expert = ceil_div(p.layer.set.intermediate_size, unit);
+  const int64_t unit = grouped ? kGroupBlocks : 1;  // blocks of a task
+  const int64_t per_expert = ceil_div(w13_blocks(p.layer.set.intermediate_size), unit);
   const int64_t total = per_expert * p.routing.num_active;
-  for (;;) {
-    const auto run = p.w13_tasks.take(total, grouped ? kMaxRun / kGroupBlocks : kMaxRun, threads);
-    if (run.begin == run.end) return;
+  const auto place = [&](int64_t task) {
+    return W13Place{static_cast<int>(task / per_expert), task % per_expert * unit};
+  };
+  // The next run is taken before this one begins, so that its first block can be fetched in time.
+  auto next = p.w13_tasks.take(total, kMaxRun / unit, threads);
+  while (next.begin < next.end) {
+    const auto run = next;
+    next = p.w13_tasks.take(total, kMaxRun / unit, threads);
     for (int64_t task = run.begin; task < run.end; ++task) {
-      const auto order = static_cast<int>(task / per_expert);
-      (grouped ? w13_group : w13_single)(p, order, task % per_expert, thread);
+      const W13Place after = task + 1 < run.end      ? place(task + 1)
+                             : next.begin < next.end ? place(next.begin)
+                                                     : W13Place{-1, 0};
+      (grouped ? w13_group : w13_single)(p, place(task), after, thread);
     }
   }
 }
@@ -313,8 +332,9 @@ void group_h(Pass& p, int thread, int threads) {
 }
 
 // Down rows of one strip of active expert a, and what is read after them: the run's next strip, the
-// next expert's first strip of the run, or the next run's first.
-Weights w2_weights(const Pass& p, int a, int64_t strip, int64_t begin, int64_t end) {
+// next expert's first strip of the run, or the first of the run that this thread has taken next.
+Weights w2_weights(const Pass& p, int a, int64_t strip, int64_t begin, int64_t end,
+                   int64_t next_begin) {
   const ExpertSet& set = p.layer.set;
   const Routing& r = p.routing;
   const auto down = [&](int active) {
@@ -327,6 +347,7 @@ Weights w2_weights(const Pass& p, int a, int64_t strip, int64_t begin, int64_t e
     next_strip = begin;
   } else if (next_strip == end) {
     next_a = 0;
+    next_strip = next_begin;
   }
   const bool has_next = next_strip * kBlockRows < set.hidden_size;
   Weights w{};
@@ -352,7 +373,7 @@ Weights w2_weights(const Pass& p, int a, int64_t strip, int64_t begin, int64_t e
 
 // Columns of out in strips begin .. end - 1: every expert's share is summed in fp32, expert by
 // expert, so that its rows of h stay in cache and its rows of down are read in long runs.
-void w2_run(Pass& p, int64_t begin, int64_t end, int thread) {
+void w2_run(Pass& p, int64_t begin, int64_t end, int64_t next_begin, int thread) {
   const Layer& l = p.layer;
   const Routing& r = p.routing;
   const auto columns = [&](int64_t strip) {
@@ -366,7 +387,7 @@ void w2_run(Pass& p, int64_t begin, int64_t end, int thread) {
     const float* bias = l.set.experts[r.active[a]].down_bias;
     const int64_t first = r.first[a], last = r.first[a + 1];
     for (int64_t strip = begin; strip < end; ++strip) {
-      const Weights w = w2_weights(p, a, strip, begin, end);
+      const Weights w = w2_weights(p, a, strip, begin, end, next_begin);
       multiply(p, w, p.h_of, first, last, last - first, thread, [&](int64_t s, int tokens) {
         l.kernel.combine({.c = p.tile(thread),
                           .num_tokens = tokens,
@@ -389,11 +410,12 @@ void w2_run(Pass& p, int64_t begin, int64_t end, int thread) {
 }
 
 void w2(Pass& p, int thread, int threads) {
-  const int64_t strips = ceil_div(p.layer.set.hidden_size, kBlockRows);
-  for (;;) {
-    const auto run = p.w2_tasks.take(strips, p.strip_run, threads);
-    if (run.begin == run.end) return;
-    w2_run(p, run.begin, run.end, thread);
+  const int64_t strips = w2_blocks(p.layer.set.hidden_size);
+  auto next = p.w2_tasks.take(strips, p.strip_run, threads);
+  while (next.begin < next.end) {
+    const auto run = next;
+    next = p.w2_tasks.take(strips, p.strip_run, threads);
+    w2_run(p, run.begin, run.end, next.begin, thread);
   }
 }
 
@@ -443,7 +465,7 @@ Status moe_experts(const Kernel& kernel, const MoeArgs& args, int max_threads) {
   const int64_t longest = std::max(set.hidden_size, set.intermediate_size);
   const size_t panel_bytes =
       Arena::bytes_of<char>(kernel.panel_bytes ? kernel.panel_bytes(longest) : 0);
-  const int64_t strips = ceil_div(set.hidden_size, kBlockRows);
+  const int64_t strips = w2_blocks(set.hidden_size);
   const int64_t strip_run = std::max<int64_t>(
       1, std::min({kMaxStripRun, strips / (num_threads * 4),
                    kStripBytes / (per_pass * kBlockRows * int64_t{sizeof(float)} + 1)}));
