@@ -34,7 +34,8 @@ constexpr int64_t kMaxRun = 16;             // blocks of one task: long runs rea
 constexpr int64_t kMaxStripRun = 8;
 constexpr int64_t kFewSlots = 96;          // up to here, tasks are single blocks
 constexpr int64_t kAloneBytes = 64 << 10;  // hidden states that the caller loads while others wake
-constexpr int64_t kPassBytes = 128ll << 20;  // bound on h; more tokens are done in passes
+constexpr int64_t kPassBytes = 256ll
+                               << 20;  // bound on rows of slots; more tokens are done in passes
 constexpr int64_t kMinPassTokens = 64;
 constexpr int64_t kGroupBlocks = kGroup / kHalfRows;
 
@@ -91,6 +92,7 @@ struct Pass {
   const void** x_of;  // [slots] the token's activation row
   const void** h_of;  // [slots] the slot's row of h
   char* x;            // [num_tokens] rows
+  char* x_slots;      // packed weights: [slots] copies of them, so that an expert's lie together
   char* h;            // [slots] rows
   char* stage;        // [slots] rows of fp32, if few
   char* scratch;      // per thread: tile c, panel, stage of one group, strips
@@ -139,7 +141,13 @@ void find_rows(Pass& p, int thread, int threads) {
       ceil_div(l.set.intermediate_size, kHalfRows) * kHalfRows * l.kernel.h_size;
   const int64_t last = p.slots() * (thread + 1) / threads;
   for (int64_t s = p.slots() * thread / threads; s < last; ++s) {
-    p.x_of[s] = p.x + p.routing.token[s] * l.x_stride;
+    char* row = p.x + p.routing.token[s] * l.x_stride;
+    if (p.x_slots != nullptr) {
+      char* copy = p.x_slots + s * l.x_stride;
+      std::memcpy(copy, row, l.x_stride);
+      row = copy;
+    }
+    p.x_of[s] = row;
     p.h_of[s] = p.h + s * l.h_stride;
     if (!l.groups_h) std::memset(p.h + s * l.h_stride + written, 0, l.h_stride - written);
   }
@@ -457,7 +465,9 @@ Status moe_experts(const Kernel& kernel, const MoeArgs& args, int max_threads) {
   const int num_threads = useful_threads(layer, max_threads);
   if (const Status ids = check_ids(args, num_threads); !ids.ok) return ids;
 
-  const int64_t h_bytes = std::max<int64_t>(1, args.top_k) * layer.h_stride;
+  const bool copies = set.layout == Layout::kBlocks;
+  const int64_t h_bytes =
+      std::max<int64_t>(1, args.top_k) * (layer.h_stride + (copies ? layer.x_stride : 0));
   const int64_t per_pass =
       std::min(args.num_tokens, std::max(kMinPassTokens, kPassBytes / h_bytes));
   const int64_t slots = per_pass * args.top_k;
@@ -482,6 +492,7 @@ Status moe_experts(const Kernel& kernel, const MoeArgs& args, int max_threads) {
       Arena::bytes_of<int64_t>(num_threads * experts) + Arena::bytes_of<int32_t>(slots) +
       Arena::bytes_of<float>(slots) + 2 * Arena::bytes_of<const void*>(slots) +
       Arena::bytes_of<char>(per_pass * layer.x_stride) +
+      Arena::bytes_of<char>(copies ? slots * layer.x_stride : 0) +
       Arena::bytes_of<char>(slots * layer.h_stride) + Arena::bytes_of<char>(stage_bytes) +
       Arena::bytes_of<char>(num_threads * scratch_bytes));
   if (!reserved) {
@@ -498,6 +509,7 @@ Status moe_experts(const Kernel& kernel, const MoeArgs& args, int max_threads) {
   auto* x_of = arena.take<const void*>(slots);
   auto* h_of = arena.take<const void*>(slots);
   auto* x = arena.take<char>(per_pass * layer.x_stride);
+  auto* x_slots = copies ? arena.take<char>(slots * layer.x_stride) : nullptr;
   auto* h = arena.take<char>(slots * layer.h_stride);
   auto* stage = arena.take<char>(stage_bytes);
   auto* scratch = arena.take<char>(num_threads * scratch_bytes);
@@ -518,6 +530,7 @@ Status moe_experts(const Kernel& kernel, const MoeArgs& args, int max_threads) {
                  .x_of = x_of,
                  .h_of = h_of,
                  .x = x,
+                 .x_slots = x_slots,
                  .h = h,
                  .stage = stage,
                  .scratch = scratch,

@@ -67,7 +67,7 @@ struct Weights {
 // (kRows) or become zero (kBlocks).
 struct MultiplyArgs {
   Weights w;
-  const void* const* x;  // [num_tokens] activation rows
+  const void* const* x;  // [num_tokens] activation rows; kBlocks: row_bytes() apart
   int num_tokens;
   float* c;           // [num_tokens][kBlockRows]
   char* panel;        // of panel_bytes(): a place to re-order the block; kept from tile to tile

@@ -81,13 +81,39 @@ struct Stretch {
   bool whole;  // 2 lines a step
 };
 
-using TileFunction = void (*)(const Stretch&, const void* const* x, float* c);
+// x: the first token's row; the others' follow, x_stride bytes apart.
+using TileFunction = void (*)(const Stretch&, const char* x, int64_t x_stride, float* c);
+
+// M rows at one distance take a register for every three: a base, and base + stride, + 2 stride.
+// With one for each, a tile of 12 would leave none to the loop.
+template <int M>
+struct Tokens {
+  static constexpr int kBases = (M + 2) / 3;
+  const char* base[kBases];
+  int64_t stride;
+
+  Tokens(const char* x, int64_t x_stride, int64_t offset) : stride(x_stride) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kBases; ++i) base[i] = x + 3 * i * x_stride + offset;
+  }
+  [[gnu::always_inline]] __m512i broadcast(int m, int64_t offset) const {
+    int v;
+    __builtin_memcpy(&v, base[m / 3] + m % 3 * stride + offset, sizeof v);
+    return _mm512_set1_epi32(v);
+  }
+  [[gnu::always_inline]] void advance(int64_t bytes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kBases; ++i) base[i] += bytes;
+  }
+};
 
 // Calls tiles[M - 1] for all tokens and stretches of k. kMax: the largest tile.
 template <int kMax>
 inline void run_tiles(const MultiplyArgs& a, const BlockShape& shape, const char* panel,
                       const TileFunction* tiles) {
   const int count = (a.num_tokens + kMax - 1) / kMax;
+  const auto* x = static_cast<const char*>(a.x[0]);
+  const int64_t x_stride = a.num_tokens > 1 ? static_cast<const char*>(a.x[1]) - x : 0;
   const int64_t padded = shape.padded_k(), bytes = shape.block_bytes();
   const int64_t unit = shape.line_k() < padded ? shape.line_k() : kGroup;
   const int64_t stretch = count == 1 ? padded : round_up(kStretchK, unit);
@@ -112,7 +138,7 @@ inline void run_tiles(const MultiplyArgs& a, const BlockShape& shape, const char
       } else if (t < 2 && a.last && a.w.next_block != nullptr) {
         s.fetch = a.w.next_block + t * (bytes / 2);
       }
-      tiles[tokens - 1](s, a.x + first, a.c + first * kBlockRows);
+      tiles[tokens - 1](s, x + first * x_stride, x_stride, a.c + first * kBlockRows);
     }
   }
 }

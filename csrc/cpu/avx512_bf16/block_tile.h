@@ -29,13 +29,13 @@ template <class E>
 struct Exact {
   template <int M>
   struct Tile {
-    [[gnu::noinline]] static void run(const Stretch& s, const void* const* x_rows, float* c);
+    [[gnu::noinline]] static void run(const Stretch& s, const char* x, int64_t x_stride, float* c);
   };
 };
 
 template <class E>
 template <int M>
-void Exact<E>::Tile<M>::run(const Stretch& s, const void* const* x_rows, float* c) {
+void Exact<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, float* c) {
   constexpr int kChains = M == 1 ? 4 : M <= 3 ? 2 : 1;
   constexpr int kUnroll = kChains > E::kDots ? kChains / E::kDots : 1;
   constexpr int64_t kSegment = 32 * E::kStep;  // k between two looks at what to fetch
@@ -43,10 +43,7 @@ void Exact<E>::Tile<M>::run(const Stretch& s, const void* const* x_rows, float* 
   const int64_t group = shape.group(), sums_at = round_up(shape.k, kGroup) * 2;
   const E e;
 
-  const char* x[M];
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) x[m] = static_cast<const char*>(x_rows[m]);
-
+  Tokens<M> tokens(x, x_stride, s.k_begin * 2);
   const int64_t line = s.k_begin / shape.line_k();
   const char* head = s.block + line * shape.line_bytes();
   const char* steps =
@@ -68,11 +65,11 @@ void Exact<E>::Tile<M>::run(const Stretch& s, const void* const* x_rows, float* 
       const char* fetch = at < s.tail_at ? s.fetch : s.fetch_tail;
       fetch = fetch == nullptr ? steps : s.whole ? fetch + at : fetch + at / 2;
       const int64_t fetch_step = s.whole ? 128 : 64, second = s.whole ? 64 : 0;
+      const char* p = E::kFromPanel ? s.panel + k / 2 * kStepBytes : steps;
 
       const auto step = [&](auto u) __attribute__((always_inline)) {
         _mm_prefetch(fetch, _MM_HINT_T0);
         _mm_prefetch(fetch + second, _MM_HINT_T0);
-        const char* p = E::kFromPanel ? s.panel + k / 2 * kStepBytes : steps;
         const auto set_a = _mm512_load_si512(p), set_b = _mm512_load_si512(p + 64);
         const auto dot = [&](auto i) __attribute__((always_inline)) {
           constexpr int kI = decltype(i)::value;
@@ -80,26 +77,29 @@ void Exact<E>::Tile<M>::run(const Stretch& s, const void* const* x_rows, float* 
           const auto w_a = e.template weights<kI>(set_a), w_b = e.template weights<kI>(set_b);
 #pragma GCC unroll 12
           for (int m = 0; m < M; ++m) {
-            int two;
-            __builtin_memcpy(&two, x[m] + k * 2 + E::pair(kI) * 4, sizeof two);
-            const auto xm = reinterpret_cast<__m512bh>(_mm512_set1_epi32(two));
-            acc[kChain][m][0] = _mm512_dpbf16_ps(acc[kChain][m][0], w_a, xm);
-            acc[kChain][m][1] = _mm512_dpbf16_ps(acc[kChain][m][1], w_b, xm);
+            const auto xm = tokens.broadcast(m, E::pair(kI) * 4);
+            acc[kChain][m][0] = dot_bf16(acc[kChain][m][0], w_a, xm);
+            acc[kChain][m][1] = dot_bf16(acc[kChain][m][1], w_b, xm);
           }
         };
         [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
           (dot(std::integral_constant<int, I>{}), ...);
         }(std::make_integer_sequence<int, E::kDots>{});
-        k += E::kStep;
+        tokens.advance(E::kStep * 2);
         fetch += fetch_step;
-        if constexpr (!E::kFromPanel) steps += kStepBytes;
+        p += kStepBytes;
       };
-      while (k + kUnroll * E::kStep <= stop) {
-        [&]<int... U>(std::integer_sequence<int, U...>) __attribute__((always_inline)) {
-          (step(std::integral_constant<int, U>{}), ...);
-        }(std::make_integer_sequence<int, kUnroll>{});
+      int64_t count = (stop - k) / E::kStep;
+      if constexpr (kUnroll > 1) {
+        for (; count >= kUnroll; count -= kUnroll) {
+          [&]<int... U>(std::integer_sequence<int, U...>) __attribute__((always_inline)) {
+            (step(std::integral_constant<int, U>{}), ...);
+          }(std::make_integer_sequence<int, kUnroll>{});
+        }
       }
-      while (k < stop) step(std::integral_constant<int, 0>{});
+      for (; count > 0; --count) step(std::integral_constant<int, 0>{});
+      if constexpr (!E::kFromPanel) steps = p;
+      k = stop;
     }
 
     const ScaleType type = shape.packing.scale_type;
@@ -116,7 +116,7 @@ void Exact<E>::Tile<M>::run(const Stretch& s, const void* const* x_rows, float* 
         __m512 v = acc[0][m][set];
         for (int i = 1; i < kChains; ++i) v = _mm512_add_ps(v, acc[i][m][set]);
         if (shape.packing.zeros) {
-          const auto sum = reinterpret_cast<const float*>(x[m] + sums_at)[g];
+          const auto sum = reinterpret_cast<const float*>(x + m * x_stride + sums_at)[g];
           v = _mm512_fnmadd_ps(offset.set[set], _mm512_set1_ps(sum), v);
         }
         float* out = c + m * kBlockRows + set * kHalfRows;

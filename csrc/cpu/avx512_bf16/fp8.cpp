@@ -53,10 +53,10 @@ struct Fp8 : ByteOrder {
     odd = merge(_mm512_srli_epi16(low, 8), up);
   }
   template <int i>
-  __m512bh weights(__m512i codes) const {
+  __m512i weights(__m512i codes) const {
     __m512i even, odd;
     pairs(codes, even, odd);  // both are made for i = 0; the compiler does it once
-    return reinterpret_cast<__m512bh>(i == 0 ? even : odd);
+    return i == 0 ? even : odd;
   }
 };
 

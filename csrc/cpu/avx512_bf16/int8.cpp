@@ -19,9 +19,9 @@ struct Int8 : ByteOrder {
 
   __m512i low = _mm512_load_si512(kLow.value), high = _mm512_load_si512(kHigh.value);
   template <int i>
-  __m512bh weights(__m512i codes) const {
+  __m512i weights(__m512i codes) const {
     const auto index = i == 0 ? codes : _mm512_srli_epi32(codes, 4 * i);
-    return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, i % 2 ? high : low));
+    return _mm512_permutexvar_epi16(index, i % 2 ? high : low);
   }
 
   // An integer of 8 bits is a bf16: its fp32 bits end in 16 zeros.

@@ -38,9 +38,9 @@ struct Nibbles {
 
   __m512i table = _mm512_load_si512(kTable.value);
   template <int i>
-  __m512bh weights(__m512i codes) const {
+  __m512i weights(__m512i codes) const {
     const auto index = i == 0 ? codes : _mm512_srli_epi32(codes, 4 * i);
-    return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, table));
+    return _mm512_permutexvar_epi16(index, table);
   }
 };
 

@@ -29,13 +29,13 @@ template <class E>
 struct Fast {
   template <int M>
   struct Tile {
-    [[gnu::noinline]] static void run(const Stretch& s, const void* const* x_rows, float* c);
+    [[gnu::noinline]] static void run(const Stretch& s, const char* x, int64_t x_stride, float* c);
   };
 };
 
 template <class E>
 template <int M>
-void Fast<E>::Tile<M>::run(const Stretch& s, const void* const* x_rows, float* c) {
+void Fast<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, float* c) {
   constexpr int kChains = M == 1 ? 4 : M <= 3 ? 2 : 1;
   constexpr int kUnroll = kChains > E::kDots ? kChains / E::kDots : 1;
   const BlockShape& shape = *s.shape;
@@ -46,10 +46,7 @@ void Fast<E>::Tile<M>::run(const Stretch& s, const void* const* x_rows, float* c
   const int groups_in_line = static_cast<int>(shape.groups_in_line());
   const E e;
 
-  const char* x[M];
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) x[m] = static_cast<const char*>(x_rows[m]);
-
+  Tokens<M> tokens(x, x_stride, s.k_begin);
   const int64_t line = s.k_begin / line_k;
   const char* head = s.block + line * shape.line_bytes();
   const char* steps =
@@ -65,7 +62,8 @@ void Fast<E>::Tile<M>::run(const Stretch& s, const void* const* x_rows, float* c
     __m512i acc[kChains][M][2];
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-      const int32_t sum = reinterpret_cast<const int32_t*>(x[m] + row.sums_at)[sum_index];
+      const int32_t sum =
+          reinterpret_cast<const int32_t*>(x + m * x_stride + row.sums_at)[sum_index];
       acc[0][m][0] = acc[0][m][1] = _mm512_set1_epi32(-E::kCentre * sum);
 #pragma GCC unroll 4
       for (int i = 1; i < kChains; ++i) acc[i][m][0] = acc[i][m][1] = _mm512_setzero_si512();
@@ -84,9 +82,7 @@ void Fast<E>::Tile<M>::run(const Stretch& s, const void* const* x_rows, float* c
         const auto w_a = e.template bytes<kI>(set_a), w_b = e.template bytes<kI>(set_b);
 #pragma GCC unroll 12
         for (int m = 0; m < M; ++m) {
-          int four;
-          __builtin_memcpy(&four, x[m] + k + kI * 4, sizeof four);
-          const auto xm = _mm512_set1_epi32(four);
+          const auto xm = tokens.broadcast(m, kI * 4);
           acc[kChain][m][0] = dot_u8_s8(acc[kChain][m][0], w_a, xm);
           acc[kChain][m][1] = dot_u8_s8(acc[kChain][m][1], w_b, xm);
         }
@@ -94,16 +90,20 @@ void Fast<E>::Tile<M>::run(const Stretch& s, const void* const* x_rows, float* c
       [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
         (dot(std::integral_constant<int, I>{}), ...);
       }(std::make_integer_sequence<int, E::kDots>{});
-      k += E::kStep;
+      tokens.advance(E::kStep);
       steps += kStepBytes;
       fetch += fetch_step;
     };
-    while (k + kUnroll * E::kStep <= end) {
-      [&]<int... U>(std::integer_sequence<int, U...>) __attribute__((always_inline)) {
-        (step(std::integral_constant<int, U>{}), ...);
-      }(std::make_integer_sequence<int, kUnroll>{});
+    int64_t count = (end - k) / E::kStep;
+    if constexpr (kUnroll > 1) {
+      for (; count >= kUnroll; count -= kUnroll) {
+        [&]<int... U>(std::integer_sequence<int, U...>) __attribute__((always_inline)) {
+          (step(std::integral_constant<int, U>{}), ...);
+        }(std::make_integer_sequence<int, kUnroll>{});
+      }
     }
-    while (k < end) step(std::integral_constant<int, 0>{});
+    for (; count > 0; --count) step(std::integral_constant<int, 0>{});
+    k = end;
 
     Scales scale, offset;
     if (!whole_rows) scale = load_scales(type, head + part * kLanes);
@@ -114,7 +114,8 @@ void Fast<E>::Tile<M>::run(const Stretch& s, const void* const* x_rows, float* c
     const bool add = s.add || sum_index > s.k_begin / row.sum_group;
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-      auto scale_x = _mm512_set1_ps(reinterpret_cast<const float*>(x[m] + row.scales_at)[x_group]);
+      auto scale_x =
+          _mm512_set1_ps(reinterpret_cast<const float*>(x + m * x_stride + row.scales_at)[x_group]);
       if constexpr (E::kUnit != 1) scale_x = _mm512_mul_ps(scale_x, _mm512_set1_ps(E::kUnit));
 #pragma GCC unroll 2
       for (int set = 0; set < 2; ++set) {
@@ -123,7 +124,8 @@ void Fast<E>::Tile<M>::run(const Stretch& s, const void* const* x_rows, float* c
         for (int i = 1; i < kChains; ++i) sum = _mm512_add_epi32(sum, acc[i][m][set]);
         auto v = _mm512_cvtepi32_ps(sum);
         if (shape.packing.zeros) {
-          const int32_t q = reinterpret_cast<const int32_t*>(x[m] + row.sums_at)[sum_index];
+          const int32_t q =
+              reinterpret_cast<const int32_t*>(x + m * x_stride + row.sums_at)[sum_index];
           v = _mm512_fnmadd_ps(offset.set[set], _mm512_set1_ps(static_cast<float>(q)), v);
         }
         const auto by = whole_rows ? scale_x : _mm512_mul_ps(scale.set[set], scale_x);
