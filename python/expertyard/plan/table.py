@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from expertyard.memory import GiB
 from expertyard.plan.model import LayerPlan, Plan
+from expertyard.rules.pins import Finding
+from expertyard.rules.ranges import format_ids
 
+MANY = 3  # notes about foreign rules that are still listed one by one
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
@@ -24,8 +29,30 @@ def render(plan: Plan) -> RenderableType:
     parts.append(Text(_speed(plan)))
     if plan.findings:
         parts.append(Text(""))
-        parts += [Text(str(f), style=_STYLES.get(f.severity, "")) for f in plan.findings]
+        said = _brief(plan.findings)
+        parts += [Text(str(f), style=_STYLES.get(f.severity, "")) for f in said]
     return Group(*parts)
+
+
+def _brief(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings, with the many notes about one file's foreign rules as one."""
+    said: list[Finding] = []
+    foreign: dict[str, list[Finding]] = {}
+    for finding in findings:
+        if finding.code == "foreign-rule" and finding.line:
+            foreign.setdefault(finding.file, []).append(finding)
+        else:
+            said.append(finding)
+    for file, notes in foreign.items():
+        if len(notes) > MANY:
+            text = (
+                f"{len(notes)} rules are about classes that are not ours: their devices are "
+                f"honoured, the implementations are the model's own (lines "
+                f"{format_ids(note.line for note in notes)}; --json lists them)."
+            )
+            notes = [Finding("note", "foreign-rule", text, file)]
+        said += notes
+    return said
 
 
 def runs(plan: Plan) -> list[list[LayerPlan]]:
