@@ -297,9 +297,9 @@ def test_linear_rules_do_not_move_experts_that_a_wrapper_computes(after: Any) ->
 
 def test_experts_wrappers_of_every_family_are_ours() -> None:
     """KGlm4Experts, KLlama4Experts ...: the operator counts, also of a wrapper that is unknown."""
-    made = plan([rule(r"feed_forward\.experts$", new=f"{OP}.experts.KLlama4Experts", recursive=False,
-                      generate_device="cpu", generate_op="KExpertsCPU", prefill_op="None",
-                      out_device="cuda")], ModelSpec.from_family("Llama-4-Scout"))  # fmt: skip
+    llama = experts_rule(".*", "cuda", "feed_forward.experts", prefill_op="None")
+    llama["replace"]["class"] = f"{OP}.experts.KLlama4Experts"
+    made = plan([llama], ModelSpec.from_family("Llama-4-Scout"))
     assert codes(made, "error", "warning") == [] and whole(made, 5) == "cpu"
     made = plan([rule(r"mlp\.experts$", new="x.KNewExperts", generate_op="KExpertsCPU")])
     assert codes(made, "error", "warning") == ["unknown-class"] and whole(made, 5) == "cpu"

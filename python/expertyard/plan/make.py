@@ -156,7 +156,7 @@ def _problem(
             request.batch,
             merged.formats,
         ),
-        strategy=request.strategy,
+        strategy=request.strategy or ("uniform" if request.profile is None else "frequency"),
         outside=outside_modules(spec, request.dense_format),
         context=request.context,
         batch=request.batch,

@@ -86,7 +86,7 @@ def _place(key: Any, target: Any, name: str) -> str:
     if not isinstance(key, str):
         raise RuleError(f"{name}: expected module names as keys, got {key!r}.")
     if isinstance(target, str) and target.strip().isdecimal():
-        target = int(target)
+        target = int(target.strip())
     device = "cpu" if target == "disk" else device_name(target)
     if device is None:
         raise RuleError(
