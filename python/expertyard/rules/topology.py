@@ -57,6 +57,10 @@ def read(value: Any, spec: ModelSpec) -> Pins:
         raise RuleError(f"--topology: expected a file, YAML text or a dict, got {value!r}.")
     findings: list[Finding] = []
     entries = _entries(yaml_lines.load(text, name), name, findings)
+    formatted = [entry for entry in entries if entry.format]
+    if formatted:
+        note = "isq is for the routed experts only; the rest of a layer stays in --dense-format."
+        findings.append(Finding("note", "foreign-rule", note, name, formatted[0].line))
     ranges = sorted((e for e in entries if e.pattern is None), key=lambda e: e.end)
     patterns = [entry for entry in reversed(entries) if entry.pattern is not None]
     layers, formats, findings_of_ranges = _ranges(ranges, spec, name)
@@ -179,6 +183,11 @@ def _ranges(
             text = f"{entry.key} never applies: {winner.key} ({winner.where}) ends higher or later."
             findings.append(Finding("warning", "shadowed-rule", text, name, entry.line))
     uncovered = [i for i in range(spec.num_layers) if i not in owner]
+    between = [i for i in uncovered if owner and i < max(owner)]
+    if between:
+        text = f"no range has layers {format_ids(between)}; the planner places them."
+        findings.append(Finding("note", "uncovered-module", text, name))
+    uncovered = [i for i in uncovered if i not in between]
     if ranges and owner and uncovered and uncovered[0] > max(owner):
         last = next(e for e in reversed(ranges) if owner.get(max(owner)) is e)
         text = (

@@ -32,7 +32,7 @@ def _modules(arch: Arch) -> Iterator[Module]:
     yield Module("", (arch.architecture, "PreTrainedModel", "Module"), "root")
     yield Module(
         base, (class_name(family, family.model_class), *old(arch, "model"), "Module"), "model",
-        aliases=("model",) if base != "model" else (),
+        aliases=("model", "language_model.model") if base != "model" else (),
     )  # fmt: skip
     top = _Names(arch, base)
     hidden = arch.hidden_size
@@ -47,7 +47,8 @@ def _modules(arch: Arch) -> Iterator[Module]:
     if arch.vision is not None:
         yield _vision(arch)
     head: tuple[Shape, ...] = () if arch.tie_word_embeddings else ((arch.vocab_size, hidden),)
-    yield Module("lm_head", ("Linear", "Module"), "head", shapes=head)
+    aliases = ("language_model.lm_head",) if base != "model" else ()
+    yield Module("lm_head", ("Linear", "Module"), "head", shapes=head, aliases=aliases)
 
 
 class _Names:
@@ -59,7 +60,11 @@ class _Names:
         parents = [alias] if alias else []
         if arch.prefix != "model.":
             # the text model alone, and older multimodal layouts, have no language_model in the path
-            parents += [name.replace(arch.prefix[:-1], "model", 1) for name in (parent, *parents)]
+            parents += [
+                name.replace(arch.prefix[:-1], older, 1)
+                for older in ("model", "language_model.model")
+                for name in (parent, *parents)
+            ]
         self.parents = tuple(parents)
 
     def module(
@@ -212,5 +217,10 @@ def _vision(arch: Arch) -> Module:
         ("VisionModel", "Module"),
         "vision",
         shapes=layer * arch.vision.num_layers,
-        aliases=("model.vision_model", "model.vision_tower", "vision_model", "visual"),
+        aliases=tuple(
+            f"{parent}{name}"
+            for parent in ("model.", "")
+            for name in ("vision_model", "vision_tower", "visual", "multi_modal_projector")
+            if f"{parent}{name}" != "model.visual"
+        ),
     )
