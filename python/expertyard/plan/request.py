@@ -40,7 +40,7 @@ class Request:
     profile           popularity of experts, or a routing trace: a file's path or the data
     memory            {"cuda:0": "22GiB", "cpu": "100GiB"} or the same as text: what may be used
     mb_resrv_per_gpu  MiB kept free per GPU: 512, [512, 1024], {0: 512}
-    format            weight format of the routed experts
+    format            weight format of the routed experts: bf16, int8, int4-g32-asym ...
     dense_format      of everything else
     context, batch    tokens and sequences that the KV cache must hold
     bandwidth         bytes/s that a device reads: {"cuda:0": 900e9, "cpu": "60GB"}
@@ -68,8 +68,8 @@ class Request:
     priority: Any = None
 
     def __post_init__(self) -> None:
-        get_format(self.format)
-        get_format(self.dense_format)
+        for name in ("format", "dense_format"):  # "int4-g128" is "int4"
+            object.__setattr__(self, name, get_format(getattr(self, name)).name)
         check_strategy(self.strategy or "uniform", self.profile)
         if not isinstance(self.cpu_moe, bool):
             raise ConfigError(f"cpu_moe: expected True or False, got {self.cpu_moe!r}.")

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from expertyard.errors import RuleError
+from expertyard.errors import ConfigError, RuleError
+from expertyard.formats import get_format
 from expertyard.rules import yaml_lines
 from expertyard.rules.devices import device_name
 from expertyard.rules.pins import Finding, Pin, Pins
@@ -145,11 +146,15 @@ def _isq(value: yaml_lines.Mapping, name: str) -> str:
     if given is None:
         return ""
     fmt = ISQ.get(str(given).lower())
-    if fmt is None:
+    if fmt is not None:
+        return fmt
+    try:
+        return get_format(given).name
+    except ConfigError:
         raise RuleError(
-            f"{name}:{value.lines['isq']}: isq: unknown type {given!r}; known are {', '.join(ISQ)}."
-        )
-    return fmt
+            f"{name}:{value.lines['isq']}: isq: unknown type {given!r}; known are our formats and "
+            f"{', '.join(ISQ)}."
+        ) from None
 
 
 def _ranges(
