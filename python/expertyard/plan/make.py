@@ -163,7 +163,10 @@ def _problem(
         spec=spec,
         pins=merged,
         gpus=tuple(device for device in devices if device.is_gpu),
-        cpu=next((device for device in devices if not device.is_gpu), None),
+        cpu=next(
+            (device for device in devices if not device.is_gpu),
+            Device("cpu", 0, 0, False, default_bandwidth("cpu")),
+        ),
         layers=layer_costs(
             spec,
             request.format,
@@ -198,7 +201,11 @@ def _plan(
 ) -> Plan:
     layers = tuple(_layer(problem, request, assignment, i) for i in range(len(problem.layers)))
     uses = account(problem, assignment)
-    devices = {d.name: _use(d, uses[d.name], assignment, given) for d in problem.devices}
+    devices = {
+        d.name: _use(d, uses[d.name], assignment, given)
+        for d in problem.devices
+        if d.is_gpu or d.capacity or uses[d.name].used
+    }
     soft = [d for d in problem.gpus if d.soft and d.reserve]
     if soft and any(devices[d.name].reserved < d.reserve for d in soft):
         findings.append(_reserve_note(assignment))

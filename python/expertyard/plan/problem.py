@@ -62,7 +62,7 @@ class Problem:
     spec: ModelSpec
     pins: Merged
     gpus: tuple[Device, ...]
-    cpu: Device | None
+    cpu: Device  # with a capacity of 0 where there is none
     layers: tuple[LayerCost, ...]
     outside: Mapping[str, tuple[int, int]]  # module -> (bytes, bytes read per token)
     context: int
@@ -72,7 +72,7 @@ class Problem:
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        return self.gpus + ((self.cpu,) if self.cpu else ())
+        return (*self.gpus, self.cpu)
 
     def weights(self, layer: int) -> Sequence[float]:
         """Chance per expert of the layer that one token reads it."""

@@ -103,16 +103,9 @@ def _modules(problem: Problem, base: str) -> dict[str, str]:
     return {name: pins[name].device if name in pins else base for name in problem.outside}
 
 
-def _slow(problem: Problem) -> float:
-    """Bandwidth of where the rest is read; without a CPU there is no rest."""
-    if problem.cpu is not None:
-        return problem.cpu.bandwidth
-    return min(gpu.bandwidth for gpu in problem.gpus) / 16
-
-
 def _gain(problem: Problem, gpu: Device) -> int:
     """What a byte saves when it is read there instead of by the CPU."""
-    return round((1 / _slow(problem) - 1 / gpu.bandwidth) / GAIN_UNIT)
+    return round((1 / problem.cpu.bandwidth - 1 / gpu.bandwidth) / GAIN_UNIT)
 
 
 def _by_speed(problem: Problem) -> list[Device]:
@@ -188,7 +181,7 @@ class _Base:
         `tied`: layers that have experts pinned to their GPU must be on one.
         """
         least = self.free.tied if tied else 0
-        room = self.problem.cpu.capacity if self.problem.cpu else 0
+        room = self.problem.cpu.capacity
         good = [cut for cut in self.all_cuts if cut.end >= least and self.cpu_bytes(cut) <= room]
         best = max(good, key=lambda cut: (cut.worth, cut.local), default=None)
         return [] if best is None else [best]
@@ -222,7 +215,7 @@ class _Base:
             begin = end
         assignment = start(problem, layers, self.modules)
         used = account(problem, assignment)
-        spare = used["cpu"].used - problem.cpu.capacity if problem.cpu else self.queue.sizes[-1]
+        spare = used["cpu"].used - problem.cpu.capacity
         fill(problem, assignment, self.rooms, self.queue, spare)
         return assignment
 

@@ -62,10 +62,8 @@ def runs(plan: Plan) -> list[list[LayerPlan]]:
     alike: dict[object, list[LayerPlan]] = {}
     last = None
     for layer in plan.layers:
-        groups = layer.experts and tuple(
-            (len(g.ids), g.device, g.format, g.op, g.why) for g in layer.experts
-        )
-        key = (layer.device, layer.why, layer.dense_format, groups)
+        groups = [(len(g.ids), g.device, g.format, g.op, g.why) for g in layer.experts or ()]
+        key = (layer.device, layer.why, layer.dense_format, layer.experts is None, *groups)
         if key != last:
             found.append([])
         found[-1].append(layer)

@@ -118,7 +118,7 @@ def _layer(arch: Arch, layer: int) -> Iterator[Module]:
     here = f"{arch.prefix}layers.{layer}"
     in_list = _Names(arch, f"{arch.prefix}layers", layer)
     mixes = arch.mixer is not None and arch.mixes[layer]
-    layer_class = mixes and family.mixer_layer_class or family.layer_class
+    layer_class = (mixes and family.mixer_layer_class) or family.layer_class
     yield in_list.module(str(layer), (class_name(family, layer_class),), "layer")
     names = _Names(arch, here, layer)
     yield from _mixer(arch, layer, names) if mixes else _attention(arch, layer, names)
