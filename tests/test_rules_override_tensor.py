@@ -82,7 +82,8 @@ def test_cpu_moe_and_n_cpu_moe() -> None:
     made = plan("OLMoE", n_cpu_moe=5)
     assert [whole(made, i) for i in range(16)] == ["cpu"] * 5 + ["cuda:0"] * 11
     assert made.layers[0].experts[0].why == "--n-cpu-moe 5"  # type: ignore[index]
-    assert {whole(plan("OLMoE", n_cpu_moe=999), i) for i in range(16)} == {"cpu"}
+    more = plan("OLMoE", n_cpu_moe=999)
+    assert {whole(more, i) for i in range(16)} == {"cpu"} and codes(more) == ["clamped"]
     assert {whole(plan("OLMoE", n_cpu_moe=0), i) for i in range(16)} == {"cuda:0"}
 
 

@@ -68,6 +68,12 @@ def test_a_range_beyond_the_model_is_cut_and_said() -> None:
     assert "dead-rule" in codes(plan("Mixtral-8x7B", topology="40-64:\n  device: cpu\n"))
 
 
+def test_idle_regexes_are_dead_or_shadowed() -> None:
+    text = "'/experts\\.3\\./':\n  device: cpu\n'/experts/':\n  device: cpu\n"
+    assert codes(plan("Mixtral-8x7B", topology=text)) == ["shadowed-rule"]
+    assert codes(plan("Mixtral-8x7B", topology="'/expert9/':\n  device: cpu\n")) == ["dead-rule"]
+
+
 def test_a_gap_between_ranges_is_planned_and_said() -> None:
     made = plan("Mixtral-8x7B", topology="0-8:\n  device: cuda[0]\n12-32:\n  device: cpu\n")
     assert homes(made) == ["cuda:0"] * 12 + ["cpu"] * 20

@@ -77,7 +77,7 @@ def read(value: Any, spec: ModelSpec) -> Pins:
         experts=experts,
         modules=modules,
         devices=tuple(dict.fromkeys(o.device for o in overrides)),
-        findings=tuple(_findings(overrides, spec, torn, split)),
+        findings=(*_findings(overrides, spec, torn, split), *_clamped(overrides, spec)),
         needs_gpu=True,
     )
 
@@ -159,6 +159,13 @@ def _findings(
         )
         found.append(Finding("note", "split-layer", text))
     return found
+
+
+def _clamped(overrides: list[Override], spec: ModelSpec) -> list[Finding]:
+    """--n-cpu-moe above the model's layers means all of them."""
+    asked = {o.why for o in overrides if o.quiet and int(o.why.split()[-1]) > spec.num_layers}
+    said = f"{spec.name} has {spec.num_layers} layers, so all experts are on the CPU."
+    return [Finding("note", "clamped", f"{why}: {said}") for why in sorted(asked)]
 
 
 def parse(value: Any) -> list[Override]:

@@ -30,6 +30,7 @@ ISQ = {
     "q8k": "int8", "hqq8": "int8", "afq6": "int8", "afq8": "int8", "5": "int8", "6": "int8",
     "8": "int8", "f8e4m3": "fp8", "f8q8": "int8", "mxfp4": "mxfp4",
 }  # fmt: skip
+_FUSED = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -246,8 +247,11 @@ def _patterns(patterns: list[Entry], spec: ModelSpec, pins: Pins, name: str) -> 
     findings = list(pins.findings)
     for entry in reversed(patterns):
         if not hits[id(entry)]:
-            text = f"{entry.key} matches no weight of {spec.name} that a later regex leaves."
-            findings.append(Finding("warning", "dead-rule", text, name, entry.line))
+            if _matches_any(entry, spec):
+                code, text = "shadowed-rule", f"{entry.key} never applies: later regexes win."
+            else:
+                code, text = "dead-rule", f"{entry.key} matches no weight of {spec.name}."
+            findings.append(Finding("warning", code, text, name, entry.line))
         elsewhere = [
             i
             for i in split.get(id(entry), [])
@@ -269,12 +273,29 @@ def _patterns(patterns: list[Entry], spec: ModelSpec, pins: Pins, name: str) -> 
     )
 
 
+def _matches_any(entry: Entry, spec: ModelSpec) -> bool:
+    """Whether the regex matches a weight of the model at all, whoever wins it."""
+    assert entry.pattern is not None and spec.arch is not None
+    projections = spec.arch.family.projections
+    for module in spec.tree:
+        names = [f"{n}.weight" for n in module.names] if module.shapes else []
+        if module.part == "experts" and module.layer is not None:
+            names += [f"{n}.{part}" for n in module.names for part in _FUSED]
+            shape = spec.layers[module.layer].experts
+            for expert in range(shape.num_experts if shape else 0):
+                every = expert_names(module, expert)
+                names += [f"{n}.{part}.weight" for n in every for part in projections]
+        if any(map(entry.pattern.search, names)):
+            return True
+    return False
+
+
 def _expert_entries(
     first: Any, spec: ModelSpec, module: Module
 ) -> list[tuple[Entry, tuple[int, ...] | None]]:
     """Which regex moves which experts of a layer: as fused tensors, else expert by expert."""
     assert module.layer is not None and spec.arch is not None
-    fused = tuple(f"{n}.{p}" for n in module.names for p in ("gate_up_proj", "down_proj"))
+    fused = tuple(f"{n}.{p}" for n in module.names for p in _FUSED)
     whole = first(fused)
     if whole is not None:
         return [(whole, None)]
