@@ -17,9 +17,24 @@ from expertyard.spec.families import GENERIC, Family, class_name, find_family, s
 from expertyard.spec.mixers import Mixer, read_mixer
 from expertyard.spec.model import ExpertShape
 
-NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
-EXPERT_SIZE = ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size")
+NUM_EXPERTS = (
+    "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
+    "moe_num_primary_experts",
+)  # fmt: skip
+TOP_K = (
+    "moe_num_active_primary_experts",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_k",
+    "moe_topk",
+    "top_k_experts",
+)
+EXPERT_SIZE = (
+    "moe_ffn_hidden_size",
+    "moe_intermediate_size",
+    "expert_intermediate_size",
+    "intermediate_size",
+)
 MAX_LAYERS = 10_000  # far above any model; a larger number is a broken file
 MAX_SIZE = 1 << 40
 
@@ -95,6 +110,8 @@ class Reader:
     def number(self, *keys: str, default: int | None = None, least: int = 1) -> int:
         for key in keys:
             value = self.config.get(key)
+            if isinstance(value, list) and value and all(item == value[0] for item in value):
+                value = value[0]  # one number a layer, all alike (HunYuan)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
@@ -302,8 +319,9 @@ def _shared_size(read: Reader, family: Family, experts: ExpertShape) -> int:
     if size:
         return size
     number = read.number(
-        "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", default=0, least=0
-    )
+        "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert",
+        default=0, least=0,
+    )  # fmt: skip
     return number * experts.intermediate_size
 
 

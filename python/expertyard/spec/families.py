@@ -213,7 +213,9 @@ FAMILIES: tuple[Family, ...] = (
 
 # For a model_type that is not above but whose config has experts: the layout that most families
 # have.
-GENERIC = Family(("",), "", attention="gqa", shared="shared_experts")
+GENERIC = Family(
+    ("",), "", attention="gqa", shared="shared_experts", block_alias="block_sparse_moe"
+)
 
 
 def find_family(model_type: str) -> Family | None:
