@@ -305,6 +305,20 @@ def test_experts_wrappers_of_every_family_are_ours() -> None:
     assert codes(made, "error", "warning") == ["unknown-class"] and whole(made, 5) == "cpu"
 
 
+def test_classes_of_an_unknown_family_are_not_called_wrong() -> None:
+    """SmallThinker's own files: names are found in the usual layout, classes cannot be judged."""
+    config = {"model_type": "smallthinker", "num_hidden_layers": 4, "hidden_size": 64,
+              "num_attention_heads": 4, "moe_ffn_hidden_size": 32, "moe_num_primary_experts": 8,
+              "moe_num_active_primary_experts": 2, "vocab_size": 96}  # fmt: skip
+    rules = [
+        rule(r"\.block_sparse_moe$", "x.modeling_smallthinker.SmallthinkerMoeBlock", **on("cuda")),
+        experts_rule(".*", "cuda", "block_sparse_moe.experts"),
+    ]
+    made = plan(rules, ModelSpec.from_config(config, "small"))
+    assert {whole(made, i) for i in range(4)} == {"cpu"}
+    assert codes(made, "error", "warning") == ["unknown-family"]
+
+
 def test_forgotten_modules_with_several_gpus() -> None:
     rules = [r for r in two_gpus() if "lm_head" not in str(r) and "embed" not in str(r)]
     rules[-1]["match"]["name"] = rules[-1]["match"]["name"].replace("|(^model\\.norm)", "")

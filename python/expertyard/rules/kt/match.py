@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from expertyard.rules.kt.file import Rule
 from expertyard.rules.pins import Finding
@@ -126,7 +126,10 @@ def idle_rules(rules: list[Rule], spec: ModelSpec, found: Matches) -> list[Findi
                 )
             )
         else:
-            findings.append(_finding(rule, "dead-rule", _why_dead(rule, spec)))
+            dead = _finding(rule, "dead-rule", _why_dead(rule, spec))
+            if rule.match_class and not spec.known_family:
+                dead = replace(dead, severity="note")  # the classes of the model are not known
+            findings.append(dead)
     return findings
 
 
