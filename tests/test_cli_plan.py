@@ -191,6 +191,41 @@ def test_what_if_compares_two_requests(capsys: pytest.CaptureFixture[str]) -> No
     assert [group["format"] for group in formats] == ["bf16", "int4"]
 
 
+def test_what_if_takes_a_single_flag_too(capsys: pytest.CaptureFixture[str]) -> None:
+    from expertyard.cli import main as expertyard
+
+    for args in (["--what-if", "--cpu-moe"], ["--what-if=--cpu-moe"]):
+        assert main(["OLMoE", "-n", "16", "--json", *args]) == 0
+        data = json.loads(capsys.readouterr().out)
+        assert data["what_if"]["layers"][3]["experts"][0]["device"] == "cpu"
+        assert expertyard(["plan", "OLMoE", "-n", "16", *args]) == 0
+        assert "what if" in capsys.readouterr().out
+
+
+def test_layers_that_differ_only_in_their_cache_share_a_row(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["gpt-oss-20b", "--context", "32768", "--cpu-moe"]) == 0
+    assert "0-23    cuda:0 bf16  32 on cpu bf16" in capsys.readouterr().out
+    assert main(["Llama-4-Maverick", "--cpu-moe"]) == 0
+    assert "1, 3, 5, 7" in capsys.readouterr().out
+
+
+def test_many_foreign_rules_are_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rules = tmp_path / "rules.yaml"
+    rule = (
+        "- match: {{name: '^model.layers.{}.self_attn$'}}\n  replace: {{class: KLlamaAttention}}\n"
+    )
+    rules.write_text("".join(rule.format(i) for i in range(9)))
+    assert main(["OLMoE", "--rules", str(rules)]) == 0
+    assert capsys.readouterr().out.count("foreign-rule") == 1
+    assert main(["OLMoE", "--rules", str(rules), "--json"]) == 0
+    codes = [finding["code"] for finding in json.loads(capsys.readouterr().out)["findings"]]
+    assert codes.count("foreign-rule") == 9
+
+
 def test_exports_print_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["Mixtral-8x7B", "-n", "0:16;1:16", "--export", "ord"]) == 0
     assert capsys.readouterr().out == "0:16;1:16\n"

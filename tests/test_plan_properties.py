@@ -61,19 +61,47 @@ def test_every_plan_is_whole_and_fits(
         check(spec, make_plan(spec, Request(memory=memory, format=format, context=context)))
 
 
-@given(names, memories(), st.integers(0, 4), sizes, formats)
-@settings(max_examples=60, deadline=None)
+speeds = st.sampled_from([40e9, 200e9, 500e9, 936e9, 1008e9, 3300e9])
+
+
+@st.composite
+def growing(draw: st.DrawFn) -> tuple[str, dict[str, Any], dict[str, int], dict[str, int]]:
+    """(model, request, memory, more memory): GPUs of any speed, a profile or none, pins or none."""
+    name, memory = draw(names), draw(memories())
+    spec, gpus = SPECS[name], len(memory) - 1
+    device = draw(st.sampled_from([*memory, f"cuda:{gpus}"]))  # the last one is a new GPU
+    request: dict[str, Any] = {"format": draw(formats)}
+    if draw(st.booleans()):
+        request["bandwidth"] = {f"cuda:{i}": draw(speeds) for i in range(gpus + 1)}
+        request["bandwidth"]["cpu"] = draw(st.sampled_from([40e9, 60e9, 400e9]))
+    if draw(st.booleans()):
+        skew, shift = draw(st.floats(0.1, 3)), draw(st.integers(0, 99))
+        request["profile"] = [
+            [(1 + (e * 37 + shift * i) % shape.num_experts) ** -skew
+             for e in range(shape.num_experts)]
+            for i in spec.moe_layers if (shape := spec.layers[i].experts)
+        ]  # fmt: skip
+        request["strategy"] = draw(st.sampled_from([None, "uniform", "front", "back"]))
+    if draw(st.booleans()):
+        request["n_cpu_moe"] = draw(st.integers(0, spec.num_layers))
+    if draw(st.booleans()):
+        request["topology"] = "0-4:\n  isq: Q8_0\n4-9:\n  isq: Q4K\n"
+    return name, request, memory, {**memory, device: memory.get(device, 0) + draw(sizes)}
+
+
+@given(growing())
+@settings(max_examples=150, deadline=None)
 def test_more_memory_never_gives_a_slower_plan(
-    name: str, memory: dict[str, int], which: int, more: int, format: str
+    drawn: tuple[str, dict[str, Any], dict[str, int], dict[str, int]],
 ) -> None:
+    name, request, memory, larger = drawn
     spec = SPECS[name]
-    device = [*memory, f"cuda:{len(memory) - 1}"][which % (len(memory) + 1)]
-    larger = {**memory, device: memory.get(device, 0) + more}
     try:
-        before = make_plan(spec, Request(memory=memory, format=format))
+        before = make_plan(spec, Request(memory=memory, **request))
     except PlanError:
         return
-    after = make_plan(spec, Request(memory=larger, format=format))
+    after = make_plan(spec, Request(memory=larger, **request))
+    check(spec, after)
     assert after.seconds_per_token <= before.seconds_per_token * (1 + 1e-9)
 
 

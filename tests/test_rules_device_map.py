@@ -101,3 +101,36 @@ def test_a_file_that_is_no_map(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(RuleError, match=r"map\.json"):
         plan("OLMoE", device_map=str(path))
+
+
+def test_single_experts_by_their_projections() -> None:
+    """Checkpoint names go down to w1, w2, w3; an expert stays in one piece."""
+    name = "model.layers.3.block_sparse_moe.experts.4"
+    every = {f"{name}.{part}": 1 for part in ("w1", "w2", "w3")}
+    made = plan("Mixtral-8x7B", device_map={"": 0, **every})
+    assert experts(made, 3)["cuda:1"] == [4] and codes(made) == []
+    torn = plan("Mixtral-8x7B", device_map={"": 0, f"{name}.w1": "cpu"})
+    assert experts(torn, 3)["cpu"] == [4] and codes(torn) == ["split-experts"]
+
+
+def test_fused_parameters_stay_in_one_piece() -> None:
+    name = "model.layers.3.mlp.experts"
+    both = {f"{name}.gate_up_proj": 1, f"{name}.down_proj": 1}
+    made = plan("OLMoE", device_map={"": 0, **both})
+    assert whole(made, 3) == "cuda:1" and codes(made) == []
+    torn = plan("OLMoE", device_map={"": 0, f"{name}.gate_up_proj": 1, f"{name}.down_proj": "cpu"})
+    assert whole(torn, 3) == "cpu" and codes(torn) == ["split-experts"]
+
+
+def test_a_torch_device_is_a_device() -> None:
+    torch = pytest.importorskip("torch")
+    assert homes(plan("OLMoE", device_map={"": torch.device("cuda", 1)})) == ["cuda:1"] * 16
+    assert homes(plan("OLMoE", device_map=torch.device("cpu"))) == ["cpu"] * 16
+
+
+def test_names_of_older_multimodal_checkpoints() -> None:
+    older = {"language_model.model": 0, "language_model.lm_head": 0, "vision_model": 1,
+             "multi_modal_projector": 1, "language_model.model.layers.5": "cpu"}  # fmt: skip
+    made = plan("Llama-4-Scout", device_map=older)
+    assert homes(made)[4:7] == ["cuda:0", "cpu", "cuda:0"] and codes(made) == []
+    assert made.modules["model.visual"] == "cuda:1"

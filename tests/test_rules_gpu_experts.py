@@ -84,8 +84,9 @@ def test_uniform_with_a_profile_takes_the_most_read_of_each_layer() -> None:
 
 def test_the_solver_uses_the_profile() -> None:
     memory = "cuda:0=4GiB,cpu=64GiB"
-    even = plan("OLMoE", memory=memory, profile=counts())
-    best = plan("OLMoE", memory=memory, profile=counts(), strategy="frequency")
+    even = plan("OLMoE", memory=memory, profile=counts(), strategy="uniform")
+    best = plan("OLMoE", memory=memory, profile=counts())
+    assert best == plan("OLMoE", memory=memory, profile=counts(), strategy="frequency")
     assert sum(on_gpu(even)) == sum(on_gpu(best))
     assert best.seconds_per_token < even.seconds_per_token
     for i in range(LAYERS):

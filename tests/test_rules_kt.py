@@ -265,6 +265,60 @@ def test_a_gap_in_the_middle() -> None:
     assert "experts of layers 30-39" in found.message
 
 
+def test_a_catch_all_does_not_hide_that_the_experts_were_forgotten() -> None:
+    """Real files end with a rule for everything in a layer; without it, experts need their own."""
+    made = plan([r for r in two_gpus() if "experts$" not in str(r["match"])])
+    found = only(made, "uncovered-module")
+    assert "no rule places experts" in found.message and "not about experts" in found.message
+    assert [whole(made, i) for i in (3, 60)] == ["cuda:0", "cuda:1"]
+
+
+def test_a_catch_all_does_not_hide_a_short_range_of_experts() -> None:
+    rules = two_gpus()
+    for r in rules:
+        if "experts$" in str(r["match"]):
+            r["match"]["name"] = r["match"]["name"].replace("|60)", ")")
+    made = plan(rules)
+    found = only(made, "short-range")
+    assert "experts of layers 60" in found.message and "takes them to cuda:1" in found.message
+
+
+@pytest.mark.parametrize("after", [rule(r"^model\.layers\.", **on("cuda:0")), None])
+def test_linear_rules_do_not_move_experts_that_a_wrapper_computes(after: Any) -> None:
+    """`recursive: False` forgotten: what is below the wrapper is not what computes the experts."""
+    linear = rule(r"^model\.layers\.", "torch.nn.Linear", f"{OP}.linear.KTransformersLinear",
+                  **on("cuda:0"))  # fmt: skip
+    wrapper = {k: v for k, v in experts_rule(".*", "cuda:0").items() if k != "recursive"}
+    made = plan([r for r in (linear, wrapper, after) if r])
+    assert whole(made, 5) == "cpu"
+    single = rule(r"\.experts\.(3|7)$", **on("cuda:1"))
+    assert experts(plan([single, linear, wrapper]), 5)["cuda:1"] == [3, 7]
+
+
+def test_experts_wrappers_of_every_family_are_ours() -> None:
+    """KGlm4Experts, KLlama4Experts ...: the operator counts, also of a wrapper that is unknown."""
+    llama = experts_rule(".*", "cuda", "feed_forward.experts", prefill_op="None")
+    llama["replace"]["class"] = f"{OP}.experts.KLlama4Experts"
+    made = plan([llama], ModelSpec.from_family("Llama-4-Scout"))
+    assert codes(made, "error", "warning") == [] and whole(made, 5) == "cpu"
+    made = plan([rule(r"mlp\.experts$", new="x.KNewExperts", generate_op="KExpertsCPU")])
+    assert codes(made, "error", "warning") == ["unknown-class"] and whole(made, 5) == "cpu"
+
+
+def test_classes_of_an_unknown_family_are_not_called_wrong() -> None:
+    """SmallThinker's own files: names are found in the usual layout, classes cannot be judged."""
+    config = {"model_type": "smallthinker", "num_hidden_layers": 4, "hidden_size": 64,
+              "num_attention_heads": 4, "moe_ffn_hidden_size": 32, "moe_num_primary_experts": 8,
+              "moe_num_active_primary_experts": 2, "vocab_size": 96}  # fmt: skip
+    rules = [
+        rule(r"\.block_sparse_moe$", "x.modeling_smallthinker.SmallthinkerMoeBlock", **on("cuda")),
+        experts_rule(".*", "cuda", "block_sparse_moe.experts"),
+    ]
+    made = plan(rules, ModelSpec.from_config(config, "small"))
+    assert {whole(made, i) for i in range(4)} == {"cpu"}
+    assert codes(made, "error", "warning") == ["unknown-family"]
+
+
 def test_forgotten_modules_with_several_gpus() -> None:
     rules = [r for r in two_gpus() if "lm_head" not in str(r) and "embed" not in str(r)]
     rules[-1]["match"]["name"] = rules[-1]["match"]["name"].replace("|(^model\\.norm)", "")

@@ -82,7 +82,8 @@ def test_cpu_moe_and_n_cpu_moe() -> None:
     made = plan("OLMoE", n_cpu_moe=5)
     assert [whole(made, i) for i in range(16)] == ["cpu"] * 5 + ["cuda:0"] * 11
     assert made.layers[0].experts[0].why == "--n-cpu-moe 5"  # type: ignore[index]
-    assert {whole(plan("OLMoE", n_cpu_moe=999), i) for i in range(16)} == {"cpu"}
+    more = plan("OLMoE", n_cpu_moe=999)
+    assert {whole(more, i) for i in range(16)} == {"cpu"} and codes(more) == ["clamped"]
     assert {whole(plan("OLMoE", n_cpu_moe=0), i) for i in range(16)} == {"cuda:0"}
 
 
@@ -103,6 +104,40 @@ def test_an_override_before_n_cpu_moe_has_priority(capsys: pytest.CaptureFixture
     assert devices(*own, "--n-cpu-moe", "3") == ["cpu", "cuda:0", "cpu"]
     assert devices("--n-cpu-moe", "3", *own) == ["cpu", "cpu", "cpu"]
     assert devices("--cpu-moe") == ["cpu", "cpu", "cpu"]
+
+
+def test_layers_go_with_their_experts_unless_someone_says_otherwise() -> None:
+    value = r"blk\.[3-5]\.ffn_.*_exps=CUDA1"
+    made = plan("OLMoE", override_tensor=[value, "exps=CPU"])
+    assert homes(made)[2:7] == ["cuda:0", "cuda:1", "cuda:1", "cuda:1", "cuda:0"]
+    made = plan("OLMoE", override_tensor=value, layers="0:16")
+    assert homes(made) == ["cuda:0"] * 16
+    assert [whole(made, i) for i in (2, 3, 6)] == ["cuda:0", "cuda:1", "cuda:0"]
+
+
+def test_one_tensor_of_the_attention_does_not_move_the_layer() -> None:
+    made = plan("DeepSeek-V3", override_tensor="exps=CPU,attn_kv_b=CPU")
+    assert homes(made) == ["cuda:0"] * 61 and codes(made) == ["split-layer"]
+    assert homes(plan("DeepSeek-V3", override_tensor="attn=CPU")) == ["cpu"] * 61
+
+
+@pytest.mark.parametrize(
+    "model", ["DeepSeek-V3", "gpt-oss-120b", "Qwen3-30B-A3B", "Qwen1.5-MoE-A2.7B"]
+)
+def test_every_tensor_has_a_name_that_patterns_find(model: str) -> None:
+    names = {
+        "DeepSeek-V3": ["exp_probs_b", "attn_q_a_norm", "attn_kv_a_norm", "attn_kv_b", "shexp"],
+        "gpt-oss-120b": ["attn_sinks", "ffn_down_exps.bias", "attn_q.bias"],
+        "Qwen3-30B-A3B": ["attn_q_norm", "attn_k_norm", "ffn_gate_inp", "token_embd"],
+        "Qwen1.5-MoE-A2.7B": ["ffn_gate_inp_shexp", "ffn_up_shexp"],
+    }[model]
+    for name in names:
+        assert "dead-rule" not in codes(plan(model, override_tensor=f"{name}=CUDA0")), name
+
+
+@pytest.mark.parametrize("target", ["CUDA_Host", "CPU", "cpu", "CPU_REPACK", "ROCm_Host"])
+def test_host_buffers_are_the_cpu(target: str) -> None:
+    assert whole(plan("OLMoE", override_tensor=f"exps={target}"), 3) == "cpu"
 
 
 def test_torn_experts_stay_in_one_piece_and_are_reported() -> None:

@@ -68,6 +68,26 @@ def test_a_range_beyond_the_model_is_cut_and_said() -> None:
     assert "dead-rule" in codes(plan("Mixtral-8x7B", topology="40-64:\n  device: cpu\n"))
 
 
+def test_idle_regexes_are_dead_or_shadowed() -> None:
+    text = "'/experts\\.3\\./':\n  device: cpu\n'/experts/':\n  device: cpu\n"
+    assert codes(plan("Mixtral-8x7B", topology=text)) == ["shadowed-rule"]
+    assert codes(plan("Mixtral-8x7B", topology="'/expert9/':\n  device: cpu\n")) == ["dead-rule"]
+
+
+def test_a_gap_between_ranges_is_planned_and_said() -> None:
+    made = plan("Mixtral-8x7B", topology="0-8:\n  device: cuda[0]\n12-32:\n  device: cpu\n")
+    assert homes(made) == ["cuda:0"] * 12 + ["cpu"] * 20
+    (found,) = made.findings
+    assert found.code == "uncovered-module" and "8-11" in found.message
+
+
+def test_what_isq_leaves_alone_is_said() -> None:
+    made = plan("Mixtral-8x7B", topology="0-32:\n  isq: Q4K\n  device: cuda[0]\n")
+    (found,) = made.findings
+    assert (found.severity, found.code) == ("note", "foreign-rule")
+    assert "routed experts only" in found.message
+
+
 def test_isq_is_the_nearest_format_of_the_experts() -> None:
     made = plan("Mixtral-8x7B", topology="0-16:\n  isq: Q4K\n16-32:\n  isq: Q8_0\n  device: cpu\n")
     formats = [{g.format for g in layer.experts or ()} for layer in made.layers]

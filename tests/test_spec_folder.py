@@ -97,6 +97,22 @@ def test_exact_bytes(tmp_path: Path, shards: int, fused: bool) -> None:
     assert dense == sum(layer.dense_bytes("bf16") for layer in config_only.layers)
 
 
+def test_granite_checkpoints_have_no_word_for_experts(tmp_path: Path) -> None:
+    config = {**CONFIG, "model_type": "granitemoe", "intermediate_size": 6, "head_dim": None,
+              "num_local_experts": 3}  # fmt: skip
+    of = {
+        name.replace("mlp.gate.weight", "block_sparse_moe.router.layer.weight")
+        .replace("mlp.experts.gate_up_proj", "block_sparse_moe.input_linear.weight")
+        .replace("mlp.experts.down_proj", "block_sparse_moe.output_linear.weight"): entry
+        for name, entry in tensors(fused=True).items()
+        if "q_norm" not in name and "k_norm" not in name
+    }
+    write_folder(tmp_path, of, config=config)
+    spec = ModelSpec.from_folder(tmp_path)
+    assert spec.known_family and spec.layers[0].expert_bytes("bf16") == 2 * 3 * 6 * 8
+    assert spec.layers[0].dense_bytes("bf16") == 2 * (2 * 64 + 2 * 32 + 24 + 16)
+
+
 def test_stored_format_is_exact_and_others_are_computed(tmp_path: Path) -> None:
     write_folder(tmp_path, tensors(dtype="F32"))
     layer = ModelSpec.from_folder(tmp_path).layers[0]

@@ -119,3 +119,29 @@ def test_moe_layers_of_llama_4_maverick_alternate() -> None:
     spec = ModelSpec.from_family("Llama-4-Maverick")
     assert spec.moe_layers == tuple(range(1, 48, 2))
     assert spec.vision
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"num_experts": 64, "moe_topk": [8] * 4, "moe_intermediate_size": [24] * 4,
+         "num_shared_expert": [1] * 4},
+        {"moe_num_primary_experts": 64, "moe_num_active_primary_experts": 8,
+         "moe_ffn_hidden_size": 24},
+    ],
+)  # fmt: skip
+def test_other_families_words_and_lists_of_one_number(own: dict[str, object]) -> None:
+    """HunYuan writes one number a layer, SmallThinker has words of its own."""
+    common = {"model_type": "new", "num_hidden_layers": 4, "hidden_size": 64, "vocab_size": 96,
+              "num_attention_heads": 4, "intermediate_size": 80}  # fmt: skip
+    spec = ModelSpec.from_config({**common, **own})
+    shape = spec.layers[0].experts
+    assert shape is not None and not spec.known_family
+    assert (shape.num_experts, shape.top_k, shape.intermediate_size) == (64, 8, 24)
+
+
+def test_lists_of_different_numbers_are_refused() -> None:
+    config = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 96,
+              "num_attention_heads": 4, "num_experts": [4, 8], "top_k": 2}  # fmt: skip
+    with pytest.raises(SpecError, match="num_experts: expected a whole number"):
+        ModelSpec.from_config(config)

@@ -71,7 +71,7 @@ def parse_memory(value: Mapping[Any, Any] | str) -> dict[str, int]:
     memory: dict[str, int] = {}
     for name, size in pairs:
         device = device_name(
-            int(name) if isinstance(name, str) and name.strip().isdecimal() else name
+            int(name.strip()) if isinstance(name, str) and name.strip().isdecimal() else name
         )
         if device is None:
             raise ConfigError(f"memory: expected a device such as cuda:0 or cpu, got {name!r}.")
@@ -95,7 +95,7 @@ def parse_reserve(value: Any, devices: tuple[str, ...]) -> dict[str, int]:
     if isinstance(value, Mapping):
         reserve: dict[str, int] = {}
         for key, amount in value.items():
-            number = int(key) if isinstance(key, str) and key.strip().isdecimal() else key
+            number = int(key.strip()) if isinstance(key, str) and key.strip().isdecimal() else key
             device = device_name(number)
             if device not in gpus:
                 raise ConfigError(

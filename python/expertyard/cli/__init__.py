@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_args(plan.joined(argv))
     try:
         code = arguments.run(arguments)
         sys.stdout.flush()  # so that a closed pipe is noticed here

@@ -9,6 +9,7 @@ on stdout. Imports what it needs when it needs it, because a plan should take a 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -182,6 +183,8 @@ def run(args: argparse.Namespace) -> int:
     except ExpertyardError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names from files may hold what is no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     if isinstance(text, str):
         print(text)
     else:
@@ -253,7 +256,7 @@ def _draw(path: str, plan: Plan, request: Request, spec: ModelSpec) -> None:
 
     weights = read_profile(request.profile, spec).weights if request.profile is not None else None
     try:
-        Path(path).write_text(draw(plan, weights), encoding="utf-8")
+        Path(path).write_text(draw(plan, weights), "utf-8", "backslashreplace")
     except OSError as error:
         raise ConfigError(f"--svg {path}: cannot be written ({error.strerror}).") from None
 
@@ -276,4 +279,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    return run(parser.parse_args(argv))
+    return run(parser.parse_args(joined(argv)))
+
+
+def joined(argv: Sequence[str] | None) -> list[str]:
+    """The words of the command line, with what follows --what-if made its value.
+
+    argparse would take `--what-if --cpu-moe` for two options.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    for i in range(len(words) - 1):
+        if words[i] == "--what-if":
+            words[i : i + 2] = [f"--what-if={words[i + 1]}"]
+            break
+    return words

@@ -46,7 +46,7 @@ def _advice(problem: Problem, request: Request, short_total: int) -> str:
         if _would_fit(problem, request, request.format, context):
             return f"--context {context} would fit."
         context //= 2
-    device = "cpu" if problem.cpu else problem.gpus[-1].name
+    device = "cpu" if problem.cpu.capacity else problem.gpus[-1].name
     has = next(d.capacity for d in problem.devices if d.name == device)
     if problem.pins.layers or problem.pins.experts:
         return "Pin less there, or give the device more memory."

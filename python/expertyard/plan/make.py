@@ -20,6 +20,7 @@ from expertyard.plan.problem import (
     account,
     layer_costs,
     outside_modules,
+    seconds_per_token,
 )
 from expertyard.plan.request import Request
 from expertyard.plan.solver import best_effort, fits, solve
@@ -57,7 +58,7 @@ def make_plan(
     problem, findings = _problem(spec, request, merged, capacities, given)
     if profile is not None:
         problem = replace(problem, popularity=profile.weights)
-    assignment = solve(problem)
+    problem, assignment = _nearest(problem)
     if assignment is None:
         assignment = best_effort(problem)
         if not fits(problem, assignment):
@@ -65,6 +66,20 @@ def make_plan(
     if profile is not None and profile.tokens:
         findings.append(_replayed(profile, assignment))
     return _plan(problem, request, assignment, given, list(merged.findings) + findings)
+
+
+def _nearest(problem: Problem) -> tuple[Problem, Assignment | None]:
+    """The solution, with layers near their pinned experts where that costs no time."""
+    found = solve(problem)
+    if not problem.pins.near:
+        return problem, found
+    layers = {**problem.pins.near, **problem.pins.layers}
+    pulled = replace(problem, pins=replace(problem.pins, layers=layers))
+    near = solve(pulled)
+    if near is None:
+        return problem, found
+    times = [seconds_per_token(problem, account(problem, a)) for a in (near, found) if a]
+    return (pulled, near) if times[0] <= times[-1] * (1 + 1e-12) else (problem, found)
 
 
 def _replayed(profile: Profile, assignment: Assignment) -> Finding:
@@ -83,8 +98,9 @@ def _capacities(
     sizes = asked if asked is not None else dict(memory) if memory is not None else None
     if sizes is None:
         names = set(merged.devices) | {"cpu"}
-        if merged.needs_gpu and not any(map(is_gpu, names)):
-            names.add("cuda:0")
+        gpus = [name for name in names if is_gpu(name)]
+        if merged.needs_gpu and all(name.startswith("cuda:") for name in gpus):
+            names.add("cuda:0")  # what the request leaves open is on the first GPU
         return dict.fromkeys(sorted(names, key=device_order), UNLIMITED), False
     if asked is not None and memory is not None:
         absent = [name for name in asked if name not in memory]
@@ -147,7 +163,10 @@ def _problem(
         spec=spec,
         pins=merged,
         gpus=tuple(device for device in devices if device.is_gpu),
-        cpu=next((device for device in devices if not device.is_gpu), None),
+        cpu=next(
+            (device for device in devices if not device.is_gpu),
+            Device("cpu", 0, 0, False, default_bandwidth("cpu")),
+        ),
         layers=layer_costs(
             spec,
             request.format,
@@ -156,7 +175,7 @@ def _problem(
             request.batch,
             merged.formats,
         ),
-        strategy=request.strategy,
+        strategy=request.strategy or ("uniform" if request.profile is None else "frequency"),
         outside=outside_modules(spec, request.dense_format),
         context=request.context,
         batch=request.batch,
@@ -182,7 +201,11 @@ def _plan(
 ) -> Plan:
     layers = tuple(_layer(problem, request, assignment, i) for i in range(len(problem.layers)))
     uses = account(problem, assignment)
-    devices = {d.name: _use(d, uses[d.name], assignment, given) for d in problem.devices}
+    devices = {
+        d.name: _use(d, uses[d.name], assignment, given)
+        for d in problem.devices
+        if d.is_gpu or d.capacity or uses[d.name].used
+    }
     soft = [d for d in problem.gpus if d.soft and d.reserve]
     if soft and any(devices[d.name].reserved < d.reserve for d in soft):
         findings.append(_reserve_note(assignment))

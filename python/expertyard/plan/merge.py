@@ -13,10 +13,14 @@ from expertyard.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Merged:
-    """Everything that is pinned. `experts`: layer -> expert -> pin; what is missing is free."""
+    """Everything that is pinned. `experts`: layer -> expert -> pin; what is missing is free.
+
+    `near`: layers that are better where these pins say, where there is room.
+    """
 
     layers: Mapping[int, Pin] = field(default_factory=dict)
     experts: Mapping[int, Mapping[int, Pin]] = field(default_factory=dict)
+    near: Mapping[int, Pin] = field(default_factory=dict)
     modules: Mapping[str, Pin] = field(default_factory=dict)
     formats: Mapping[int, str] = field(default_factory=dict)
     devices: tuple[str, ...] = ()
@@ -38,7 +42,11 @@ def merge(spec: ModelSpec, inputs: list[Pins]) -> Merged:
             here = experts.setdefault(layer, {})
             for expert, pin in _spread(spec, layer, groups).items():
                 here[expert] = _agree(here.get(expert), pin, f"layer {layer}, expert {expert}")
+    near: dict[int, Pin] = {}
     for pins in inputs:
+        for layer, pin in pins.near.items():
+            if layer not in layers:
+                near.setdefault(layer, pin)
         for layer, pin in pins.follow.items():
             shape = spec.layers[layer].experts
             here = experts.setdefault(layer, {})
@@ -47,6 +55,7 @@ def merge(spec: ModelSpec, inputs: list[Pins]) -> Merged:
     return Merged(
         layers=layers,
         experts=experts,
+        near=near,
         modules=modules,
         formats={layer: fmt for pins in reversed(inputs) for layer, fmt in pins.formats.items()},
         devices=tuple(dict.fromkeys(device for pins in inputs for device in pins.devices)),

@@ -7,16 +7,18 @@ Also the accounting: what an assignment takes of each device, and how long one t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from expertyard.memory import workspace_bytes
 from expertyard.plan.merge import Merged
 from expertyard.plan.model import DeviceUse
-from expertyard.rules.pins import Pin
+from expertyard.rules.pins import HOME, Pin
 from expertyard.spec import ModelSpec
 from expertyard.spec.model import Module, shapes_bytes
+
+READ_UNIT = 1 << 20  # parts of a byte in which reads are summed: whole numbers add up exactly
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Problem:
     spec: ModelSpec
     pins: Merged
     gpus: tuple[Device, ...]
-    cpu: Device | None
+    cpu: Device  # with a capacity of 0 where there is none
     layers: tuple[LayerCost, ...]
     outside: Mapping[str, tuple[int, int]]  # module -> (bytes, bytes read per token)
     context: int
@@ -70,7 +72,7 @@ class Problem:
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        return self.gpus + ((self.cpu,) if self.cpu else ())
+        return (*self.gpus, self.cpu)
 
     def weights(self, layer: int) -> Sequence[float]:
         """Chance per expert of the layer that one token reads it."""
@@ -78,6 +80,43 @@ class Problem:
         if self.popularity is not None and layer in self.popularity:
             return self.popularity[layer]
         return (cost.share,) * cost.num_experts
+
+    def reads(self, layer: int) -> Sequence[int]:
+        """Reads per token of each expert of a layer, if it has the layer's format."""
+        return self._reads[layer]
+
+    @cached_property
+    def _reads(self) -> list[Sequence[int]]:
+        known: dict[tuple[int, float, int], Sequence[int]] = {}
+        found: list[Sequence[int]] = []
+        for layer, cost in enumerate(self.layers):
+            if self.popularity is not None and layer in self.popularity:
+                found.append([read_units(cost.slot, w) for w in self.popularity[layer]])
+                continue
+            key = (cost.slot, cost.share, cost.num_experts)
+            if key not in known:
+                known[key] = (read_units(cost.slot, cost.share),) * cost.num_experts
+            found.append(known[key])
+        return found
+
+    def dense_reads(self, layer: int) -> int:
+        """Reads per token of what a layer has besides its routed experts."""
+        cost = self.layers[layer]
+        return (cost.dense + cost.kv) * READ_UNIT
+
+    def outside_reads(self, name: str) -> int:
+        """Reads per token of a module outside the layers."""
+        return self.outside[name][1] * READ_UNIT
+
+    def along(self, layer: int) -> tuple[int, int]:
+        """(bytes, reads per token) of experts that are pinned to wherever their layer goes."""
+        size = reads = 0
+        for expert, pin in self.pins.experts.get(layer, {}).items():
+            if pin.device == HOME:
+                slot = self.slot(layer, pin)
+                size += slot
+                reads += read_units(slot, self.weights(layer)[expert])
+        return size, reads
 
     def expert(self, layer: int, pin: Pin | None) -> tuple[int, int]:
         """(bytes of matrices, of biases) of one expert; a pin may have a format of its own."""
@@ -93,6 +132,11 @@ class Problem:
 
     def workspace(self, top: bool) -> int:
         return workspace_bytes(self.spec, self.context, self.batch, top)
+
+
+def read_units(size: int, chance: float) -> int:
+    """What is read of `size` bytes, on average, that a token needs with this chance."""
+    return round(chance * (size * READ_UNIT))
 
 
 @dataclass
@@ -169,28 +213,30 @@ def account(problem: Problem, assignment: Assignment) -> dict[str, DeviceUse]:
         busy.add(home)
         weights[home] += cost.dense
         kv[home] += cost.kv
-        reads[home] += cost.dense + cost.kv
+        reads[home] += problem.dense_reads(number)
         placed = assignment.experts[number]
         if not placed:
             continue
         own = problem.pins.experts.get(number, {})
-        groups: dict[tuple[str, str], tuple[Pin | None, list[float]]] = {}
-        for expert, (device, chance) in enumerate(
-            zip(placed, problem.weights(number), strict=True)
-        ):
+        groups: dict[tuple[str, str], tuple[Pin | None, list[int]]] = {}
+        for expert, device in enumerate(placed):
             pin = own.get(expert)
             key = (device, pin.format if pin else "")
-            groups.setdefault(key, (pin, []))[1].append(chance)
-        for (device, _), (pin, chances) in groups.items():
+            groups.setdefault(key, (pin, []))[1].append(expert)
+        usual = problem.reads(number)
+        for (device, _), (pin, ids) in groups.items():
             size, bias = problem.expert(number, pin)
             busy.add(device)
-            experts[device] += len(chances) * size
-            weights[device] += len(chances) * bias
-            reads[device] += round(math.fsum(chances) * (size + bias))
+            experts[device] += len(ids) * size
+            weights[device] += len(ids) * bias
+            if size + bias == cost.slot:
+                reads[device] += sum([usual[e] for e in ids])
+            else:
+                chances = problem.weights(number)
+                reads[device] += sum(read_units(size + bias, chances[e]) for e in ids)
     for name, device in assignment.modules.items():
-        size, read = problem.outside[name]
-        weights[device] += size
-        reads[device] += read
+        weights[device] += problem.outside[name][0]
+        reads[device] += problem.outside_reads(name)
         busy.add(device)
     return {
         name: DeviceUse(
@@ -198,7 +244,7 @@ def account(problem: Problem, assignment: Assignment) -> dict[str, DeviceUse]:
             experts=experts[name],
             kv=kv[name],
             workspace=problem.workspace(name == assignment.base) if name in busy else 0,
-            read_per_token=reads[name],
+            read_per_token=round(reads[name] / READ_UNIT),
         )
         for name in weights
     }

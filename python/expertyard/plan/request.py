@@ -35,11 +35,12 @@ class Request:
     cpu_moe           all routed experts on the CPU;  n_cpu_moe: those of the first N layers
     device_map        accelerate's: a dict, a JSON file's path, or "auto"
     gpu_experts       per MoE layer: 8, 0.25, "0-7,12", [0, 1], or {layer: ...}; the rest on the CPU
-    strategy          which experts go first: uniform, frequency, front, back, trace
+    strategy          which experts go first: uniform, frequency, front, back, trace; None:
+                      uniform, but frequency where the planner chooses and a profile is given
     profile           popularity of experts, or a routing trace: a file's path or the data
     memory            {"cuda:0": "22GiB", "cpu": "100GiB"} or the same as text: what may be used
     mb_resrv_per_gpu  MiB kept free per GPU: 512, [512, 1024], {0: 512}
-    format            weight format of the routed experts
+    format            weight format of the routed experts: bf16, int8, int4-g32-asym ...
     dense_format      of everything else
     context, batch    tokens and sequences that the KV cache must hold
     bandwidth         bytes/s that a device reads: {"cuda:0": 900e9, "cpu": "60GB"}
@@ -54,7 +55,7 @@ class Request:
     n_cpu_moe: int | str | None = None
     device_map: Any = None
     gpu_experts: Any = None
-    strategy: str = "uniform"
+    strategy: str | None = None
     profile: Any = None
     plan: Any = None
     memory: Mapping[Any, Any] | str | None = None
@@ -67,9 +68,9 @@ class Request:
     priority: Any = None
 
     def __post_init__(self) -> None:
-        get_format(self.format)
-        get_format(self.dense_format)
-        check_strategy(self.strategy, self.profile)
+        for name in ("format", "dense_format"):  # "int4-g128" is "int4"
+            object.__setattr__(self, name, get_format(getattr(self, name)).name)
+        check_strategy(self.strategy or "uniform", self.profile)
         if not isinstance(self.cpu_moe, bool):
             raise ConfigError(f"cpu_moe: expected True or False, got {self.cpu_moe!r}.")
         for name in ("context", "batch"):
@@ -96,7 +97,7 @@ class Request:
         if overrides is not None:
             given["override_tensor"] = overrides
         if "gpu_experts" in given:
-            given["gpu_experts"] = Choice(self.gpu_experts, self.strategy, profile)
+            given["gpu_experts"] = Choice(self.gpu_experts, self.strategy or "uniform", profile)
         return given
 
     def overrides(self) -> Any:

@@ -2,48 +2,53 @@
 """Places what no pin places: dense parts and KV first, then experts as slots by value per byte.
 
 A byte is worth the time that reading it saves: chance of being read x (1/bandwidth of the CPU -
-1/bandwidth of the GPU). Dense parts and KV are read for every token, an expert with its popularity,
-so dense parts win. Two kinds of candidates are compared by the time one token takes to read:
+1/bandwidth of the GPU). Two kinds of candidates are compared by the time one token takes to read:
   one   everything free on one GPU, experts with their layer; no soft reserve, as it fits as it is
-  cut   free layers cut into one range a GPU, in order, the rest on the CPU; the cut that is worth
-        most is found exactly by dynamic programming over (GPU, layer). Each GPU then takes experts
-        of its own layers, evenly or by popularity, and then of any other layer.
-The cut and the number of slots can only improve with more memory, hence so does the plan.
+  cut   free layers cut into one range a GPU, the rest on the CPU; each GPU then takes experts of
+        its own layers, and then of any other layer (cut.py finds the best one, fill.py fills it)
+Neither kind's best can get slower with more memory, hence neither does the plan.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
+from expertyard.plan.cut import Cut, Free, Room, cuts, free_layers
+from expertyard.plan.fill import at, fill, start
 from expertyard.plan.problem import Assignment, Device, Problem, account, seconds_per_token
-from expertyard.rules.pins import HOME, Pin
+from expertyard.plan.queue import Queue, make_queue
+from expertyard.rules.pins import HOME
 
-# What a slot for another GPU's layer is worth: the same bytes, two more hops. With GPUs of
-# different
-# speed all three are tried: hops may pay (1.0), or room is plenty and only own layers count (0.0).
-REMOTE = (0.9, 1.0, 0.0)
+GAIN_UNIT = 1e-24  # seconds a byte: gains are whole numbers of it, so that sums are exact
 
 
 def solve(problem: Problem) -> Assignment | None:
     """The best assignment that fits, None if none does."""
-    found: list[tuple[float, Assignment]] = []
+    found: list[Assignment] = []
+    if _least_bytes(problem) > sum(d.capacity for d in problem.devices):
+        return None
     for gpu in problem.gpus:
         whole = _all_on(problem, gpu.name)
         if fits(problem, whole):
-            found.append((seconds_per_token(problem, account(problem, whole)), whole))
-    same_speed = len({gpu.bandwidth for gpu in problem.gpus}) <= 1
-    if not found or not same_speed:
-        cuts = [_cut(problem, False, remote) for remote in (REMOTE[:1] if same_speed else REMOTE)]
-        cuts = [cut for cut in cuts if fits(problem, cut)] or [_cut(problem, True)]
-        for cut in cuts:
-            if fits(problem, cut):
-                found.append((seconds_per_token(problem, account(problem, cut)), cut))
-    return min(found, key=lambda pair: pair[0])[1] if found else None
+            found.append(whole)
+    if not found or not _all_alike(problem):
+        cut = _best(problem)
+        found += [cut] if cut is not None else []
+    return min(
+        found, key=lambda made: seconds_per_token(problem, account(problem, made)), default=None
+    )
 
 
 def best_effort(problem: Problem) -> Assignment:
     """The assignment with most bytes on GPUs, fitting or not: what an error is explained with."""
-    return _cut(problem, by_bytes=True)
+    plans = [(plan, cut) for plan in _plans(problem, _by_speed(problem)) for cut in plan.all_cuts]
+    if not plans:
+        layers = [_pinned(problem, i) or "cpu" for i in range(len(problem.layers))]
+        return start(problem, layers, _modules(problem, "cpu"))
+    best, cut = min(plans, key=lambda pair: (pair[0].cpu_bytes(pair[1]), -pair[1].worth))
+    return best.build(cut)
 
 
 def fits(problem: Problem, assignment: Assignment) -> bool:
@@ -56,6 +61,22 @@ def missing(device: Device, used: int) -> int:
     return used - (device.capacity - (0 if device.soft else device.reserve))
 
 
+def _least_bytes(problem: Problem) -> int:
+    """What the model takes of all devices together at the very least."""
+    total = sum(size for size, _ in problem.outside.values())
+    for number, cost in enumerate(problem.layers):
+        own = problem.pins.experts.get(number, {})
+        total += cost.dense + cost.kv + (cost.num_experts - len(own)) * cost.slot
+        total += sum(problem.slot(number, pin) for pin in own.values())
+    return total
+
+
+def _all_alike(problem: Problem) -> bool:
+    """GPUs of one speed, above the CPU's: then nothing beats everything on one of them."""
+    speeds = {gpu.bandwidth for gpu in problem.gpus}
+    return len(speeds) == 1 and _gain(problem, problem.gpus[0]) > 0
+
+
 def _all_on(problem: Problem, device: str) -> Assignment:
     """Every free thing on one device; free experts with their layer where that is a GPU."""
     pins = problem.pins
@@ -65,18 +86,11 @@ def _all_on(problem: Problem, device: str) -> Assignment:
         home = layers[number] if layers[number] != "cpu" else device
         own = pins.experts.get(number, {})
         experts.append(
-            [_at(problem, own[e], home) if e in own else home for e in range(cost.num_experts)]
+            [at(problem, own[e], home) if e in own else home for e in range(cost.num_experts)]
         )
     used = {*layers, *(d for row in experts for d in row)} - {"cpu"}
     modules = _modules(problem, device)
     return Assignment(layers, experts, modules, reserve_applied=len(used) > 1)
-
-
-def _at(problem: Problem, pin: Pin, layer_device: str) -> str:
-    """A pin's device; HOME is the layer's GPU, or the first one for a layer on the CPU."""
-    if pin.device != HOME:
-        return pin.device
-    return layer_device if layer_device != "cpu" else problem.gpus[0].name
 
 
 def _pinned(problem: Problem, layer: int) -> str | None:
@@ -89,253 +103,161 @@ def _modules(problem: Problem, base: str) -> dict[str, str]:
     return {name: pins[name].device if name in pins else base for name in problem.outside}
 
 
-@dataclass
-class _Room:
-    """A GPU while it is filled: bytes left, and experts that wait in its own pinned layers."""
-
-    device: Device
-    left: int
-    waiting: int
+def _gain(problem: Problem, gpu: Device) -> int:
+    """What a byte saves when it is read there instead of by the CPU."""
+    return round((1 / problem.cpu.bandwidth - 1 / gpu.bandwidth) / GAIN_UNIT)
 
 
-def _cut(problem: Problem, by_bytes: bool, remote: float = REMOTE[0]) -> Assignment:
-    """The best cut over every device that could hold what lies outside the layers."""
-    bases = [gpu.name for gpu in problem.gpus] + ["cpu"]
-    best: tuple[float, list[str], dict[str, str]] | None = None
-    for base in bases:
+def _by_speed(problem: Problem) -> list[Device]:
+    """Fast GPUs first; among equals the order of filling."""
+    return sorted(problem.gpus, key=lambda gpu: -gpu.bandwidth)
+
+
+def _best(problem: Problem) -> Assignment | None:
+    """The best cut that fits, over every device that could hold what lies outside the layers.
+
+    GPUs that are slower than the CPU are used only if it has no room for the rest; a layer whose
+    experts are pinned to its GPU stays on the CPU only if no GPU has room for it.
+    """
+    gpus = _by_speed(problem)
+    quick = [gpu for gpu in gpus if _gain(problem, gpu) > 0]
+    for some in [quick] if len(quick) == len(gpus) else [quick, gpus]:
+        plans = _plans(problem, some)
+        for tied in (True, False):
+            ranked = sorted(
+                (
+                    (plan.worth + cut.worth, cut.local, -number, plan, cut)
+                    for number, plan in enumerate(plans)
+                    for cut in plan.best_cuts(tied)
+                ),
+                key=lambda item: item[:3],
+                reverse=True,
+            )
+            for _, _, _, plan, cut in ranked:
+                built = plan.build(cut)
+                if fits(problem, built):
+                    return built
+    return None
+
+
+def _plans(problem: Problem, gpus: list[Device]) -> list[_Base]:
+    free, queue = free_layers(problem), make_queue(problem)
+    found = []
+    for base in [*(gpu.name for gpu in gpus), "cpu"]:
         modules = _modules(problem, base)
-        rooms = _rooms(problem, modules)
-        base_room = next((room for room in rooms if room.device.name == base), None)
-        if base_room is not None and base_room.left < 0:
-            continue
-        value, layers = _best_cut(problem, rooms, by_bytes, remote)
-        for name, device in modules.items():
-            size, read = problem.outside[name]
-            value += size if by_bytes and device != "cpu" else read * _gain(problem, device)
-        if best is None or value > best[0]:
-            best = (value, layers, modules)
-    if best is None:
+        rooms = _rooms(problem, modules, gpus)
+        held = next((room for room in rooms if room.device.name == base), None)
+        if held is None or held.left >= 0:
+            found.append(_Base(problem, free, queue, rooms, modules))
+    return found
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The cuts with what lies outside the layers in one place."""
+
+    problem: Problem
+    free: Free
+    queue: Queue
+    rooms: list[Room]
+    modules: dict[str, str]
+
+    @property
+    def worth(self) -> int:
+        """Of what lies outside the layers."""
+        gains = {gpu.name: _gain(self.problem, gpu) for gpu in self.problem.gpus}
+        reads = (
+            (device, self.problem.outside_reads(name)) for name, device in self.modules.items()
+        )
+        return sum(gains.get(device, 0) * read for device, read in reads)
+
+    @cached_property
+    def all_cuts(self) -> list[Cut]:
+        return list(cuts(self.free, self.rooms, self.queue))
+
+    def best_cuts(self, tied: bool) -> list[Cut]:
+        """The best cut that leaves the CPU no more than it has room for, as a list of at most one.
+
+        `tied`: layers that have experts pinned to their GPU must be on one.
+        """
+        least = self.free.tied if tied else 0
+        room = self.problem.cpu.capacity
+        good = [cut for cut in self.all_cuts if cut.end >= least and self.cpu_bytes(cut) <= room]
+        best = max(good, key=lambda cut: (cut.worth, cut.local), default=None)
+        return [] if best is None else [best]
+
+    def cpu_bytes(self, cut: Cut) -> int:
+        """What the cut leaves on the CPU, its workspace included."""
+        held, rest, sizes = self._on_cpu, self._rests[cut.end], self.queue.sizes
+        rest += sizes[-1] - sizes[cut.placed]
+        if not rest + held and cut.end == len(self.free.layers):
+            return 0
+        return rest + held + self.problem.workspace(top=_head(self.modules) == "cpu")
+
+    @cached_property
+    def _on_cpu(self) -> int:
+        return _pinned_bytes(self.problem, self.modules)["cpu"]
+
+    @cached_property
+    def _rests(self) -> list[int]:
+        """Bytes of the free layers after each position, without their experts."""
+        costs = [self.problem.layers[i] for i in reversed(self.free.layers)]
+        return list(accumulate((c.dense + c.kv for c in costs), initial=0))[::-1]
+
+    def build(self, cut: Cut) -> Assignment:
+        """The whole assignment."""
+        problem = self.problem
         layers = [_pinned(problem, i) or "cpu" for i in range(len(problem.layers))]
-        best = (0.0, layers, _modules(problem, "cpu"))
-    return _fill(problem, *best[1:], by_bytes)
+        begin = 0
+        for room, end in zip(self.rooms, cut.ends, strict=True):
+            for position in range(begin, end):
+                layers[self.free.layers[position]] = room.device.name
+            begin = end
+        assignment = start(problem, layers, self.modules)
+        used = account(problem, assignment)
+        spare = used["cpu"].used - problem.cpu.capacity
+        fill(problem, assignment, self.rooms, self.queue, spare)
+        return assignment
 
 
-def _gain(problem: Problem, device: str) -> float:
-    """Seconds that a byte saves when it is read there instead of by the CPU."""
-    found = next((d for d in problem.gpus if d.name == device), None)
-    slow = problem.cpu.bandwidth if problem.cpu else min(d.bandwidth for d in problem.gpus) / 16
-    return 0.0 if found is None else 1 / slow - 1 / found.bandwidth
+def _head(modules: dict[str, str]) -> str:
+    """The device of the head, or of the embedding that serves as one."""
+    return modules.get("lm_head") or next(iter(modules.values()))
 
 
-def _rooms(problem: Problem, modules: dict[str, str]) -> list[_Room]:
-    """Room of every GPU once all that is pinned is there."""
-    charge = {gpu.name: 0 for gpu in problem.gpus}
-    charge["cpu"] = 0
-    waiting = dict.fromkeys(charge, 0)
+def _pinned_bytes(problem: Problem, modules: dict[str, str]) -> dict[str, int]:
+    """What pins and modules outside the layers take of each device."""
+    taken = dict.fromkeys((gpu.name for gpu in problem.gpus), 0)
+    taken["cpu"] = 0
     for number, cost in enumerate(problem.layers):
         home = _pinned(problem, number)
-        own = problem.pins.experts.get(number, {})
         if home is not None:
-            charge[home] += cost.dense + cost.kv
-            waiting[home] += cost.num_experts - len(own)
-        for pin in own.values():
+            taken[home] += cost.dense + cost.kv
+        for pin in problem.pins.experts.get(number, {}).values():
             if pin.device != HOME:
-                charge[pin.device] += problem.slot(number, pin)
+                taken[pin.device] += problem.slot(number, pin)
             elif home is not None:
-                charge[_at(problem, pin, home)] += problem.slot(number, pin)
+                taken[at(problem, pin, home)] += problem.slot(number, pin)
     for name, device in modules.items():
-        charge[device] += problem.outside[name][0]
-    head = modules.get("lm_head") or next(iter(modules.values()))
+        taken[device] += problem.outside[name][0]
+    return taken
+
+
+def _rooms(problem: Problem, modules: dict[str, str], gpus: list[Device]) -> list[Room]:
+    """Room of every GPU once all that is pinned is there."""
+    taken = _pinned_bytes(problem, modules)
+    waiting = dict.fromkeys(taken, 0)
+    for number, cost in enumerate(problem.layers):
+        home = _pinned(problem, number)
+        if home is not None:
+            waiting[home] += cost.num_experts - len(problem.pins.experts.get(number, {}))
+    head = _head(modules)
     return [
-        _Room(
+        Room(
             gpu,
-            gpu.capacity - gpu.reserve - charge[gpu.name] - problem.workspace(top=gpu.name == head),
+            gpu.capacity - gpu.reserve - taken[gpu.name] - problem.workspace(top=gpu.name == head),
+            _gain(problem, gpu),
             waiting[gpu.name],
         )
-        for gpu in problem.gpus
+        for gpu in gpus
     ]
-
-
-def _best_cut(
-    problem: Problem, rooms: list[_Room], by_bytes: bool, remote: float
-) -> tuple[float, list[str]]:
-    """(value, device per layer): the ranges of free layers, one a GPU in order, that are worth
-    most.
-    """
-    free = [i for i in range(len(problem.layers)) if i not in problem.pins.layers]
-    slot = max((cost.slot for cost in problem.layers), default=0)
-    share = max((cost.share for cost in problem.layers), default=0.0)
-    own = problem.pins.experts
-    size, experts = [0], [0]  # prefix sums over free layers
-    read = [0.0]
-    for i in free:
-        cost = problem.layers[i]
-        along, along_read = _along(problem, i)
-        size.append(size[-1] + cost.dense + cost.kv + along)
-        read.append(read[-1] + cost.dense + cost.kv + along_read)
-        experts.append(experts[-1] + cost.num_experts - len(own.get(i, {})))
-    total = experts[-1] + sum(room.waiting for room in rooms) + _waiting_on_cpu(problem)
-
-    n = len(free)
-    best: list[float] = [0.0] + [float("-inf")] * n
-    choices: list[list[int]] = []
-    for room in rooms:
-        gain = _gain(problem, room.device.name)
-        per_byte = 1.0 if by_bytes else gain
-        per_slot = slot if by_bytes else max(share * slot * gain, 0.0)
-        new = [float("-inf")] * (n + 1)
-        choice = [0] * (n + 1)
-        for i in range(n + 1):
-            start = best[i]
-            if start == float("-inf"):
-                continue
-            for j in range(i, n + 1):
-                left = room.left - (size[j] - size[i])
-                if left < 0 and j > i:
-                    break
-                slots = min(left // slot, total) if slot and left > 0 else 0
-                local = min(slots, experts[j] - experts[i] + room.waiting)
-                value = start + (read[j] - read[i]) * per_byte
-                value += (local + remote * (slots - local)) * per_slot
-                if value > new[j]:
-                    new[j], choice[j] = value, i
-        best = new
-        choices.append(choice)
-    end = max(range(n + 1), key=lambda j: (best[j], -j))
-    layers = [_pinned(problem, i) or "cpu" for i in range(len(problem.layers))]
-    value = best[end]
-    for room, choice in zip(reversed(rooms), reversed(choices), strict=True):
-        for position in range(choice[end], end):
-            layers[free[position]] = room.device.name
-        end = choice[end]
-    return value, layers
-
-
-def _along(problem: Problem, layer: int) -> tuple[int, float]:
-    """(bytes, bytes read per token) of experts that are pinned to wherever their layer goes."""
-    own = problem.pins.experts.get(layer, {})
-    size, read = 0, 0.0
-    for expert, pin in own.items():
-        if pin.device == HOME:
-            slot = problem.slot(layer, pin)
-            size += slot
-            read += slot * problem.weights(layer)[expert]
-    return size, read
-
-
-def _waiting_on_cpu(problem: Problem) -> int:
-    """Free experts of layers that are pinned to the CPU; a GPU may take them."""
-    return sum(
-        cost.num_experts - len(problem.pins.experts.get(i, {}))
-        for i, cost in enumerate(problem.layers)
-        if _pinned(problem, i) == "cpu"
-    )
-
-
-def _fill(
-    problem: Problem, layers: list[str], modules: dict[str, str], by_bytes: bool
-) -> Assignment:
-    """Free experts into the room that is left: own layers first, then any, fast GPUs first.
-
-    A GPU that reads slower than the CPU gets none, unless the CPU has no room for them.
-    """
-    experts: list[list[str]] = []
-    free: list[list[int]] = []
-    for number, cost in enumerate(problem.layers):
-        own = problem.pins.experts.get(number, {})
-        home = layers[number]
-        experts.append(
-            [_at(problem, own[e], home) if e in own else "cpu" for e in range(cost.num_experts)]
-        )
-        free.append([e for e in range(cost.num_experts) if e not in own])
-    assignment = Assignment(layers, experts, modules)
-    uses = account(problem, assignment)
-    left = {
-        gpu.name: gpu.capacity - gpu.reserve - uses[gpu.name].used
-        - (0 if uses[gpu.name].workspace else problem.workspace(False))
-        for gpu in problem.gpus
-    }  # fmt: skip
-    quick = [gpu.name for gpu in problem.gpus if by_bytes or _gain(problem, gpu.name) > 0]
-    quick.sort(key=lambda name: -_gain(problem, name))
-    if problem.strategy in ("frequency", "trace"):
-        _by_popularity(problem, assignment, free, {name: left[name] for name in quick})
-        return assignment
-    place = _spread_evenly if problem.strategy == "uniform" else _from_one_end
-    for own_only in (True, False):
-        for gpu in quick:
-            place(problem, assignment, free, left, gpu, own_only)
-    return assignment
-
-
-def _spread_evenly(
-    problem: Problem,
-    assignment: Assignment,
-    free: list[list[int]],
-    left: dict[str, int],
-    gpu: str,
-    own_only: bool,
-) -> None:
-    """The same number of experts from each layer, one more from the first ones while room lasts."""
-    rows = [
-        i for i, row in enumerate(free) if row and (not own_only or assignment.layers[i] == gpu)
-    ]
-    if not rows or left[gpu] <= 0:
-        return
-    slot = [problem.layers[i].slot for i in rows]
-    low, high = 0, max(len(free[i]) for i in rows)
-    while low < high:  # the largest number of each layer that fits
-        middle = (low + high + 1) // 2
-        need = sum(min(len(free[i]), middle) * s for i, s in zip(rows, slot, strict=True))
-        low, high = (middle, high) if need <= left[gpu] else (low, middle - 1)
-    for extra in (low, 1):
-        for i, s in zip(rows, slot, strict=True):
-            number = min(extra, len(free[i]))
-            if number == 0 or number * s > left[gpu]:
-                continue
-            for expert in free[i][:number]:
-                assignment.experts[i][expert] = gpu
-            del free[i][:number]
-            left[gpu] -= number * s
-
-
-def _from_one_end(
-    problem: Problem,
-    assignment: Assignment,
-    free: list[list[int]],
-    left: dict[str, int],
-    gpu: str,
-    own_only: bool,
-) -> None:
-    """As many whole layers as there is room for, from the front or the back."""
-    rows = [i for i in range(len(free)) if not own_only or assignment.layers[i] == gpu]
-    for i in rows if problem.strategy == "front" else reversed(rows):
-        slot = problem.layers[i].slot
-        number = min(len(free[i]), max(left[gpu], 0) // slot) if slot else 0
-        for expert in free[i][:number]:
-            assignment.experts[i][expert] = gpu
-        del free[i][:number]
-        left[gpu] -= number * slot
-
-
-def _by_popularity(
-    problem: Problem, assignment: Assignment, free: list[list[int]], left: dict[str, int]
-) -> None:
-    """Most popular first: on its layer's GPU where there is room, else on the fastest that has
-    some.
-    """
-    order = sorted(
-        ((problem.weights(i)[e], i, e) for i, row in enumerate(free) for e in row),
-        key=lambda item: (-item[0], item[1], item[2]),
-    )
-    for _, layer, expert in order:
-        slot = problem.layers[layer].slot
-        home = assignment.layers[layer]
-        if left.get(home, 0) >= slot:
-            target = home
-        else:
-            others = [gpu for gpu, room in left.items() if room >= slot]
-            if not others:
-                continue
-            target = others[0]
-        assignment.experts[layer][expert] = target
-        left[target] -= slot

@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from expertyard.memory import GiB
 from expertyard.plan.model import LayerPlan, Plan
+from expertyard.rules.pins import Finding
+from expertyard.rules.ranges import format_ids
 
+MANY_RUNS = 12  # rows that are still read one after another
+MANY = 3  # notes about foreign rules that are still listed one by one
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
@@ -24,40 +30,63 @@ def render(plan: Plan) -> RenderableType:
     parts.append(Text(_speed(plan)))
     if plan.findings:
         parts.append(Text(""))
-        parts += [Text(str(f), style=_STYLES.get(f.severity, "")) for f in plan.findings]
+        said = _brief(plan.findings)
+        parts += [Text(str(f), style=_STYLES.get(f.severity, "")) for f in said]
     return Group(*parts)
 
 
+def _brief(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings, with the many notes about one file's foreign rules as one."""
+    said: list[Finding] = []
+    foreign: dict[str, list[Finding]] = {}
+    for finding in findings:
+        if finding.code == "foreign-rule" and finding.line:
+            foreign.setdefault(finding.file, []).append(finding)
+        else:
+            said.append(finding)
+    for file, notes in foreign.items():
+        if len(notes) > MANY:
+            text = (
+                f"{len(notes)} rules are about classes that are not ours: their devices are "
+                f"honoured, the implementations are the model's own (lines "
+                f"{format_ids(note.line for note in notes)}; --json lists them)."
+            )
+            notes = [Finding("note", "foreign-rule", text, file)]
+        said += notes
+    return said
+
+
 def runs(plan: Plan) -> list[list[LayerPlan]]:
-    """Neighbouring layers that are placed alike."""
+    """Neighbouring layers that are placed alike; where they alternate, all that are."""
     found: list[list[LayerPlan]] = []
+    alike: dict[object, list[LayerPlan]] = {}
     last = None
     for layer in plan.layers:
-        groups = layer.experts and [
-            (len(g.ids), g.device, g.format, g.op, g.why) for g in layer.experts
-        ]
-        key = (layer.device, layer.why, layer.dense_format, layer.bytes, groups)
+        groups = [(len(g.ids), g.device, g.format, g.op, g.why) for g in layer.experts or ()]
+        key = (layer.device, layer.why, layer.dense_format, layer.experts is None, *groups)
         if key != last:
             found.append([])
         found[-1].append(layer)
+        alike.setdefault(key, []).append(layer)
         last = key
-    return found
+    return found if len(found) <= MANY_RUNS else list(alike.values())
 
 
 def _layers(plan: Plan) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("layers", no_wrap=True)
+    table.add_column("layers", overflow="fold", max_width=24)
     table.add_column("attention", no_wrap=True)
     table.add_column("experts a layer", no_wrap=True)
     table.add_column("GiB", justify="right", no_wrap=True)
     table.add_column("why", overflow="fold")
     for run in runs(plan):
-        first, last = run[0], run[-1]
-        name = f"{first.layer}-{last.layer}" if len(run) > 1 else f"{first.layer}"
+        first = run[0]
+        name = format_ids(layer.layer for layer in run).replace(",", ", ")
         groups = first.experts or ()
         experts = [f"{len(g.ids)} on {g.device} {g.format}" for g in groups] or ["dense"]
         sizes = [sum(layer.bytes for layer in run)]
-        sizes += [g.bytes * len(run) for g in groups]
+        every = [layer.experts or () for layer in run]
+        sizes += [sum(each[i].bytes for each in every) for i in range(len(groups))]
         why = [first.why, *(g.why for g in groups)]
         lines = max(len(experts), 1)
         for line in range(lines):

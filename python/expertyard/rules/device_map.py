@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def _table(value: Any) -> tuple[Any, str]:
     """(mapping or 'auto', name for messages)."""
     if isinstance(value, Mapping):
         return value, FLAG
+    value = _word(value)
     single = device_name(value) if isinstance(value, int | str) else None
     if single is not None and not (isinstance(value, str) and Path(value).is_file()):
         return {"": single}, FLAG
@@ -82,11 +84,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def _word(target: Any) -> Any:
+    """A torch.device as text; it is not imported for that."""
+    return str(target) if type(target).__name__ == "device" else target
+
+
 def _place(key: Any, target: Any, name: str) -> str:
     if not isinstance(key, str):
         raise RuleError(f"{name}: expected module names as keys, got {key!r}.")
+    target = _word(target)
     if isinstance(target, str) and target.strip().isdecimal():
-        target = int(target)
+        target = int(target.strip())
     device = "cpu" if target == "disk" else device_name(target)
     if device is None:
         raise RuleError(
@@ -103,6 +111,7 @@ class _Map:
         self.name = name
         self.spec = spec
         self.used: set[str] = set()
+        self.torn: set[int] = set()  # layers with experts whose parts are on several devices
 
     def find(self, names: tuple[str, ...]) -> str | None:
         """The longest key that is one of the names or a parent of one."""
@@ -169,28 +178,45 @@ class _Map:
         """Experts by the longest name: single ones, all of a layer, or along with the layer."""
         assert module.layer is not None
         shape = self.spec.layers[module.layer].experts
-        fused = tuple(f"{n}.{p}" for n in module.names for p in ("gate_up_proj", "down_proj"))
-        key = self.find(fused)
+        number = shape.num_experts if shape else 0
+        fused = [[f"{n}.{part}" for n in module.names] for part in ("gate_up_proj", "down_proj")]
+        key = self.together(fused, module.layer)
         below = tuple(f"{name}." for name in module.names)
         single: dict[str, list[int]] = {}
-        if any(k.startswith(below) and k.split(".")[-1].isdecimal() for k in self.places):
-            for expert in range(shape.num_experts if shape else 0):
-                own = self.find(expert_names(module, expert))
+        if any(k.startswith(below) and k[k.rindex("experts.") + 8 :][:1].isdecimal()
+               for k in self.places):  # fmt: skip
+            for expert in range(number):
+                own = self.together(self.parts(module, expert), module.layer)
                 if own is not None and own != key:
                     single.setdefault(own, []).append(expert)
-        groups = [
-            Pin(self.places[k], f"{Path(self.name).name} {k!r}", ids=tuple(ids))
-            for k, ids in single.items()
-        ]
+        groups = [replace(self.pin(k), ids=tuple(ids)) for k, ids in single.items()]
         covered = sum(map(len, single.values()))
-        if key is None and covered < (shape.num_experts if shape else 0):
+        if key is None and covered < number:
             uncovered.append(module.name)
-        elif key is not None and (key in module.names or key in fused):
+        elif key is not None and key.startswith(module.names):
             groups.append(self.pin(key))
         elif key is not None:
             follow[module.layer] = self.pin(key)
         if groups:
             pinned[module.layer] = tuple(groups)
+
+    def parts(self, module: Module, expert: int) -> list[list[str]]:
+        """Names of one expert's three projections."""
+        assert self.spec.arch is not None
+        names = expert_names(module, expert)
+        return [[f"{name}.{part}" for name in names] for part in self.spec.arch.family.projections]
+
+    def together(self, parts: list[list[str]], layer: int) -> str | None:
+        """The key that places all parts of an expert. Where they are torn apart, one that says
+        CPU, else the first.
+        """
+        keys = [self.find(tuple(names)) for names in parts]
+        named = [key for key in keys if key is not None]
+        if not named:
+            return None
+        if len({self.places[key] for key in named}) > 1:
+            self.torn.add(layer)
+        return next((key for key in named if self.places[key] == "cpu"), max(named, key=len))
 
     def findings(self, split: dict[str, list[int]]) -> list[Finding]:
         found = []
@@ -205,6 +231,12 @@ class _Map:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             text = f"{key!r} is no module of {self.spec.name}.{hint}"
             found.append(Finding("warning", "unknown-key", text, self.name))
+        if self.torn:
+            text = (
+                f"parts of experts of layers {format_ids(self.torn)} are on several devices; an "
+                "expert stays in one piece, on the CPU if a part of it is there."
+            )
+            found.append(Finding("warning", "split-experts", text, self.name))
         for key, layers in split.items():
             text = (
                 f"{key!r} moves parts of layers {format_ids(layers)} away from their attention; a "

@@ -94,7 +94,7 @@ def _number(text: str, entry: str, what: str) -> int:
         raise RuleError(
             f"{FLAG}: {entry!r}: {what}: expected a whole number, got {text.strip()!r}."
         )
-    return int(text)
+    return int(text.strip())
 
 
 def _show(value: Any) -> str:

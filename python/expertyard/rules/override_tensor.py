@@ -41,6 +41,7 @@ def read(value: Any, spec: ModelSpec) -> Pins:
     """Pins of a list of overrides; "--cpu-moe" and "--n-cpu-moe=N" may stand among them."""
     overrides = parse(value)
     layers: dict[int, Pin] = {}
+    near: dict[int, Pin] = {}
     experts: dict[int, tuple[Pin, ...]] = {}
     modules: dict[str, Pin] = {}
     split: dict[str, list[int]] = {}
@@ -50,14 +51,18 @@ def read(value: Any, spec: ModelSpec) -> Pins:
         for name, part in layer_tensors(spec, number):
             won.setdefault(part, []).append(_first(overrides, name))
         routed = won.pop("experts", [])
+        won.pop("expert biases", None)
         if any(routed):
             pin, whole = _together(routed)
             experts[number] = (pin,)
             if not whole:
                 torn.append(number)
-        home, odd = _home(won, experts.get(number))
+        home, odd = _home(won)
         if home is not None:
             layers[number] = home
+        elif number in experts and is_gpu(experts[number][0].device):
+            pin = experts[number][0]
+            near[number] = Pin(pin.device, f"{pin.why} (with its experts)")
         for other in odd:
             split.setdefault(other.why, []).append(number)
     outside = {module.part: module.name for module in spec.tree if module.layer is None}
@@ -68,10 +73,11 @@ def read(value: Any, spec: ModelSpec) -> Pins:
     return Pins(
         source="-ot",
         layers=layers,
+        near=near,
         experts=experts,
         modules=modules,
         devices=tuple(dict.fromkeys(o.device for o in overrides)),
-        findings=tuple(_findings(overrides, spec, torn, split)),
+        findings=(*_findings(overrides, spec, torn, split), *_clamped(overrides, spec)),
         needs_gpu=True,
     )
 
@@ -98,19 +104,23 @@ def _together(won: list[Override | None]) -> tuple[Pin, bool]:
 
 
 def _home(
-    won: dict[str, list[Override | None]], experts: tuple[Pin, ...] | None
+    won: dict[str, list[Override | None]],
 ) -> tuple[Pin | None, list[Override]]:
-    """(pin of the layer or None, overrides that want a part of it elsewhere)."""
-    attention = [override for override in won.get("attention", []) if override]
+    """(pin of the layer or None, overrides that want a part of it elsewhere).
+
+    Most tensors of the attention decide; where most are left to the planner, so is the layer.
+    """
+    named = won.get("attention", [])
+    attention = [override for override in named if override]
     rest = [o for part, found in won.items() if part != "attention" for o in found if o]
     home: Pin | None = None
-    if attention:
-        device = Counter(o.device for o in attention).most_common(1)[0][0]
+    device = (
+        Counter(o.device if o else None for o in named).most_common(1)[0][0] if attention else None
+    )
+    if device is not None:
         home = Pin(device, next(o.why for o in attention if o.device == device))
-    elif rest and len({o.device for o in rest}) == 1 and is_gpu(rest[0].device):
+    elif not attention and rest and len({o.device for o in rest}) == 1 and is_gpu(rest[0].device):
         home = Pin(rest[0].device, rest[0].why)
-    elif experts and is_gpu(experts[0].device):
-        home = Pin(experts[0].device, f"{experts[0].why} (with its experts)")
     there = home.device if home else ""
     odd = {o.why: o for o in (*attention, *rest) if o.device != there}
     return home, list(odd.values())
@@ -149,6 +159,13 @@ def _findings(
         )
         found.append(Finding("note", "split-layer", text))
     return found
+
+
+def _clamped(overrides: list[Override], spec: ModelSpec) -> list[Finding]:
+    """--n-cpu-moe above the model's layers means all of them."""
+    asked = {o.why for o in overrides if o.quiet and int(o.why.split()[-1]) > spec.num_layers}
+    said = f"{spec.name} has {spec.num_layers} layers, so all experts are on the CPU."
+    return [Finding("note", "clamped", f"{why}: {said}") for why in sorted(asked)]
 
 
 def parse(value: Any) -> list[Override]:
@@ -206,7 +223,8 @@ def _override(part: str) -> Override:
     pattern, target = pattern.strip(), target.strip()
     if not equals or not pattern:
         raise RuleError(f"-ot: expected REGEX=DEVICE, got {part!r}.")
-    device = "cpu" if target.lower().endswith("_host") else device_name(target)
+    on_host = re.fullmatch(r"(?i)\w+_host|cpu_\w+", target)  # pinned or repacked, but the CPU's
+    device = "cpu" if on_host else device_name(target)
     if device is None:
         raise RuleError(
             f"-ot: {part!r}: {target!r} is no device; expected CPU, CUDA0, CUDA1, ... (cpu, "

@@ -3,7 +3,8 @@
 
 A pin says where one thing lives and who said so. Layer pins place attention and hidden states,
 expert pins the routed experts of a layer (`ids` None = all of them), module pins what lies outside
-the layers. `follow` pins are weak: experts that go with their layer unless someone says otherwise.
+the layers. `follow` and `near` pins are weak: experts that go with their layer, and layers that go
+with their experts, unless someone says otherwise.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Pins:
     layers: Mapping[int, Pin] = field(default_factory=dict)
     experts: Mapping[int, tuple[Pin, ...]] = field(default_factory=dict)
     follow: Mapping[int, Pin] = field(default_factory=dict)
+    near: Mapping[int, Pin] = field(default_factory=dict)
     modules: Mapping[str, Pin] = field(default_factory=dict)
     formats: Mapping[int, str] = field(default_factory=dict)  # of a layer's routed experts
     devices: tuple[str, ...] = ()

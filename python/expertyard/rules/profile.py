@@ -93,6 +93,8 @@ def _csv(text: str, name: str) -> _Rows:
     for number, line in enumerate(lines[1:], 2):
         try:
             rows.append(tuple(float(cell) for cell in line))
+            if not all(map(math.isfinite, rows[-1])):
+                raise ValueError
         except ValueError:
             raise RuleError(
                 f"{name}:{number}: expected three numbers, got {','.join(line)}."

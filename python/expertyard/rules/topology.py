@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from expertyard.errors import RuleError
+from expertyard.errors import ConfigError, RuleError
+from expertyard.formats import get_format
 from expertyard.rules import yaml_lines
 from expertyard.rules.devices import device_name
 from expertyard.rules.pins import Finding, Pin, Pins
@@ -29,6 +30,7 @@ ISQ = {
     "q8k": "int8", "hqq8": "int8", "afq6": "int8", "afq8": "int8", "5": "int8", "6": "int8",
     "8": "int8", "f8e4m3": "fp8", "f8q8": "int8", "mxfp4": "mxfp4",
 }  # fmt: skip
+_FUSED = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ def read(value: Any, spec: ModelSpec) -> Pins:
         raise RuleError(f"--topology: expected a file, YAML text or a dict, got {value!r}.")
     findings: list[Finding] = []
     entries = _entries(yaml_lines.load(text, name), name, findings)
+    formatted = [entry for entry in entries if entry.format]
+    if formatted:
+        note = "isq is for the routed experts only; the rest of a layer stays in --dense-format."
+        findings.append(Finding("note", "foreign-rule", note, name, formatted[0].line))
     ranges = sorted((e for e in entries if e.pattern is None), key=lambda e: e.end)
     patterns = [entry for entry in reversed(entries) if entry.pattern is not None]
     layers, formats, findings_of_ranges = _ranges(ranges, spec, name)
@@ -141,11 +147,15 @@ def _isq(value: yaml_lines.Mapping, name: str) -> str:
     if given is None:
         return ""
     fmt = ISQ.get(str(given).lower())
-    if fmt is None:
+    if fmt is not None:
+        return fmt
+    try:
+        return get_format(given).name
+    except ConfigError:
         raise RuleError(
-            f"{name}:{value.lines['isq']}: isq: unknown type {given!r}; known are {', '.join(ISQ)}."
-        )
-    return fmt
+            f"{name}:{value.lines['isq']}: isq: unknown type {given!r}; known are our formats and "
+            f"{', '.join(ISQ)}."
+        ) from None
 
 
 def _ranges(
@@ -179,6 +189,11 @@ def _ranges(
             text = f"{entry.key} never applies: {winner.key} ({winner.where}) ends higher or later."
             findings.append(Finding("warning", "shadowed-rule", text, name, entry.line))
     uncovered = [i for i in range(spec.num_layers) if i not in owner]
+    between = [i for i in uncovered if owner and i < max(owner)]
+    if between:
+        text = f"no range has layers {format_ids(between)}; the planner places them."
+        findings.append(Finding("note", "uncovered-module", text, name))
+    uncovered = [i for i in uncovered if i not in between]
     if ranges and owner and uncovered and uncovered[0] > max(owner):
         last = next(e for e in reversed(ranges) if owner.get(max(owner)) is e)
         text = (
@@ -232,8 +247,11 @@ def _patterns(patterns: list[Entry], spec: ModelSpec, pins: Pins, name: str) -> 
     findings = list(pins.findings)
     for entry in reversed(patterns):
         if not hits[id(entry)]:
-            text = f"{entry.key} matches no weight of {spec.name} that a later regex leaves."
-            findings.append(Finding("warning", "dead-rule", text, name, entry.line))
+            if _matches_any(entry, spec):
+                code, text = "shadowed-rule", f"{entry.key} never applies: later regexes win."
+            else:
+                code, text = "dead-rule", f"{entry.key} matches no weight of {spec.name}."
+            findings.append(Finding("warning", code, text, name, entry.line))
         elsewhere = [
             i
             for i in split.get(id(entry), [])
@@ -255,12 +273,29 @@ def _patterns(patterns: list[Entry], spec: ModelSpec, pins: Pins, name: str) -> 
     )
 
 
+def _matches_any(entry: Entry, spec: ModelSpec) -> bool:
+    """Whether the regex matches a weight of the model at all, whoever wins it."""
+    assert entry.pattern is not None and spec.arch is not None
+    projections = spec.arch.family.projections
+    for module in spec.tree:
+        names = [f"{n}.weight" for n in module.names] if module.shapes else []
+        if module.part == "experts" and module.layer is not None:
+            names += [f"{n}.{part}" for n in module.names for part in _FUSED]
+            shape = spec.layers[module.layer].experts
+            for expert in range(shape.num_experts if shape else 0):
+                every = expert_names(module, expert)
+                names += [f"{n}.{part}.weight" for n in every for part in projections]
+        if any(map(entry.pattern.search, names)):
+            return True
+    return False
+
+
 def _expert_entries(
     first: Any, spec: ModelSpec, module: Module
 ) -> list[tuple[Entry, tuple[int, ...] | None]]:
     """Which regex moves which experts of a layer: as fused tensors, else expert by expert."""
     assert module.layer is not None and spec.arch is not None
-    fused = tuple(f"{n}.{p}" for n in module.names for p in ("gate_up_proj", "down_proj"))
+    fused = tuple(f"{n}.{p}" for n in module.names for p in _FUSED)
     whole = first(fused)
     if whole is not None:
         return [(whole, None)]

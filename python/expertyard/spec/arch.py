@@ -14,11 +14,27 @@ from typing import Any
 
 from expertyard.errors import SpecError
 from expertyard.spec.families import GENERIC, Family, class_name, find_family, switch
+from expertyard.spec.mixers import Mixer, read_mixer
 from expertyard.spec.model import ExpertShape
 
-NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
-EXPERT_SIZE = ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size")
+NUM_EXPERTS = (
+    "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
+    "moe_num_primary_experts",
+)  # fmt: skip
+TOP_K = (
+    "moe_num_active_primary_experts",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_k",
+    "moe_topk",
+    "top_k_experts",
+)
+EXPERT_SIZE = (
+    "moe_ffn_hidden_size",
+    "moe_intermediate_size",
+    "expert_intermediate_size",
+    "intermediate_size",
+)
 MAX_LAYERS = 10_000  # far above any model; a larger number is a broken file
 MAX_SIZE = 1 << 40
 
@@ -45,6 +61,9 @@ class Arch:
     experts: ExpertShape
     is_moe: tuple[bool, ...]
     windows: tuple[int | None, ...]
+    mixes: tuple[bool, ...]  # layers that have the mixer instead of attention
+    mixer: Mixer | None
+    head_bias: bool
     qkv_bias: bool
     o_bias: bool
     qk_norm: str
@@ -62,6 +81,14 @@ class Arch:
         if self.is_mla:
             return self.kv_lora_rank + self.rope_head_dim
         return self.num_kv_heads * (self.head_dim + self.v_head_dim)
+
+    def layer_state(self, layer: int) -> tuple[int, int | None]:
+        """(elements cached, for how many tokens at most): a mixer keeps one state, whatever the
+        context.
+        """
+        if self.mixer is not None and self.mixes[layer]:
+            return self.mixer.state, 1
+        return self.kv_elements, self.windows[layer]
 
 
 @dataclass(frozen=True)
@@ -83,6 +110,8 @@ class Reader:
     def number(self, *keys: str, default: int | None = None, least: int = 1) -> int:
         for key in keys:
             value = self.config.get(key)
+            if isinstance(value, list) and value and all(item == value[0] for item in value):
+                value = value[0]  # one number a layer, all alike (HunYuan)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
@@ -95,6 +124,17 @@ class Reader:
         hint = difflib.get_close_matches(keys[0], list(map(str, self.config)), 1)
         near = f" The nearest key there is {hint[0]!r}." if hint else ""
         raise SpecError(f"{self.where}: {' or '.join(keys)} is missing.{near}")
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.config.get(key)
+        return default if value is None else bool(value)
+
+    def nested(self, key: str) -> Reader:
+        """A reader of this config with the mapping under `key`, where there is one, over it."""
+        inner = self.config.get(key)
+        if not isinstance(inner, Mapping):
+            return self
+        return Reader({**self.config, **inner}, f"{self.where}: {key}")
 
     def numbers(self, key: str) -> list[int] | None:
         value = self.config.get(key)
@@ -149,6 +189,7 @@ def read_arch(config: Mapping[str, Any], where: str) -> Arch:
 
     experts = _read_experts(read, family, hidden_size, model_type, where)
     is_moe = _moe_layers(read, num_layers)
+    mixes = _mixing_layers(read, num_layers) if family.mixer else (False,) * num_layers
     if not any(is_moe):
         raise SpecError(f"{where}: none of the {num_layers} layers is a mixture of experts.")
     return Arch(
@@ -172,6 +213,9 @@ def read_arch(config: Mapping[str, Any], where: str) -> Arch:
         experts=experts,
         is_moe=is_moe,
         windows=_windows(read, num_layers),
+        mixes=mixes,
+        mixer=read_mixer(family.mixer, read, hidden_size) if any(mixes) else None,
+        head_bias=switch(family.head_bias, dict(config)),
         qkv_bias=switch(family.qkv_bias, dict(config)),
         o_bias=switch(family.o_bias, dict(config)),
         qk_norm=_qk_norm(family, config),
@@ -228,6 +272,12 @@ def _moe_layers(read: Reader, num_layers: int) -> tuple[bool, ...]:
         last = read.config.get("moe_layer_end_index")
         last = last if isinstance(last, int) and last >= 0 else num_layers - 1
         return tuple(first <= layer <= last and (layer + 1) % every == 0 for layer in layers)
+    if read.config.get("expert_layer_period") is not None:
+        every, offset = (
+            read.number("expert_layer_period"),
+            read.number("expert_layer_offset", least=0),
+        )
+        return tuple(layer % every == offset % every for layer in layers)
     dense_first = read.number("first_k_dense_replace", "num_dense_layers", default=0, least=0)
     freq = read.config.get("moe_layer_freq", 1)
     every = freq if type(freq) is int and freq > 0 else 1
@@ -242,13 +292,36 @@ def _moe_layers(read: Reader, num_layers: int) -> tuple[bool, ...]:
     )
 
 
+def _mixing_layers(read: Reader, num_layers: int) -> tuple[bool, ...]:
+    """Which layers have no attention; the first key found in the config decides."""
+    layers = range(num_layers)
+    types = read.words("layer_types", num_layers)
+    if types is not None:
+        return tuple(types[layer] in ("linear_attention", "mamba") for layer in layers)
+    linear = read.nested("linear_attn_config").numbers("full_attn_layers")
+    if linear is not None:  # counted from 1
+        return tuple(layer + 1 not in set(linear) for layer in layers)
+    if read.config.get("full_attention_interval") is not None:
+        every = read.number("full_attention_interval")
+        return tuple((layer + 1) % every != 0 for layer in layers)
+    if read.config.get("attn_layer_period") is not None:
+        every, offset = read.number("attn_layer_period"), read.number("attn_layer_offset", least=0)
+        return tuple(layer % every != offset % every for layer in layers)
+    return (False,) * num_layers
+
+
 def _shared_size(read: Reader, family: Family, experts: ExpertShape) -> int:
     if family.shared == "shared_expert" and family.prefix == "Llama4Text":
         return experts.intermediate_size
-    size = read.number("shared_expert_intermediate_size", default=0, least=0)
+    size = read.number(
+        "shared_expert_intermediate_size", "shared_intermediate_size", default=0, least=0
+    )
     if size:
         return size
-    number = read.number("n_shared_experts", "num_shared_experts", default=0, least=0)
+    number = read.number(
+        "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert",
+        default=0, least=0,
+    )  # fmt: skip
     return number * experts.intermediate_size
 
 

@@ -13,7 +13,10 @@ from expertyard.spec.headers import TensorInfo, read_folder
 from expertyard.spec.model import LayerSpec, ModelSpec, Shape, Stored
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
-_EXPERTS = re.compile(r"(?:^|\.)experts\.(?:(\d+)\.)?(.+)$")
+# experts one by one or fused; Granite's checkpoints have no word for them
+_EXPERTS = re.compile(
+    r"(?:^|\.)(?:experts\.(?:(\d+)\.)?|block_sparse_moe\.(?=(?:input|output)_linear\b))(.+)$"
+)
 _VISION = re.compile(r"(?:^|\.)(?:visual|vision\w*|audio\w*|multi_modal_projector|mtp)(?:\.|$)")
 _FLOATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 

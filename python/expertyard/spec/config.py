@@ -67,8 +67,8 @@ def spec_from_arch(arch: Arch, name: str) -> ModelSpec:
             layer=layer,
             dense=tuple(dense[layer]),
             experts=arch.experts if arch.is_moe[layer] else None,
-            kv_elements=arch.kv_elements,
-            window=arch.windows[layer],
+            kv_elements=arch.layer_state(layer)[0],
+            window=arch.layer_state(layer)[1],
         )
         for layer in range(arch.num_layers)
     )

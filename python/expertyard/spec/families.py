@@ -25,20 +25,28 @@ class Family:
     router: str = "gate"
     router_class: str = "TopKRouter"
     router_bias: bool = False
+    router_below: tuple[str, str] = ("", "")  # (name, class) of a module with its correction bias
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    shared: str = ""  # shared_expert | shared_experts
+    shared: str = ""  # shared_expert | shared_experts in the block, or shared_mlp beside it
     shared_gate: bool = False
     mlp: str = "mlp"  # a dense layer's MLP
     mlp_class: str = "MLP"
     attention_class: str = "Attention"
     layer_class: str = "DecoderLayer"
+    mixer: str = ""  # kind of the layers without attention (mixers.py)
+    mixer_layer_class: str = ""  # a layer's class there, where it is another
     model_class: str = "Model"
     root_class: str = "ForCausalLM"
     norm_class: str = "RMSNorm"
-    rotary_class: str = "RotaryEmbedding"
+    norm_bias: bool = False
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    final_norm: str = "norm"
+    rotary_class: str = "RotaryEmbedding"  # "": the model has none
     qkv_bias: str = "attention_bias"  # config key that switches it; a leading "=" is a fixed value
     o_bias: str = "=0"
     qk_norm: str = "=none"  # none | head | full, or a config key that switches "head" on
+    gated_attention: bool = False  # q_proj makes a gate as well
+    head_bias: str = "=0"
     sinks: bool = False
     expert_bias: bool = False
     activation: str = ""  # overrides hidden_act
@@ -122,11 +130,92 @@ FAMILIES: tuple[Family, ...] = (
         o_bias="attention_bias",
         qkv_bias="attention_bias",
     ),
-)
+    Family(
+        ("qwen3_next",),
+        "Qwen3Next",
+        shared="shared_expert",
+        shared_gate=True,
+        qk_norm="=head",
+        gated_attention=True,
+        mixer="delta net",
+    ),
+    Family(
+        ("qwen3_5_moe_text", "qwen3_5_moe"),
+        "Qwen3_5Moe",
+        shared="shared_expert",
+        shared_gate=True,
+        qk_norm="=head",
+        gated_attention=True,
+        mixer="split delta net",
+        model_class="TextModel",
+        rotary_class="TextRotaryEmbedding",
+    ),
+    Family(
+        ("kimi_linear",),
+        "KimiLinear",
+        attention="mla",
+        block_class="MoE",
+        router_class="TopkRouter",
+        shared="shared_experts",
+        mixer="kimi delta",
+        rotary_class="",
+        block_alias="block_sparse_moe",
+        projections=("w1", "w3", "w2"),
+    ),
+    Family(
+        ("jamba",),
+        "Jamba",
+        block="feed_forward",
+        router="router",
+        mlp="feed_forward",
+        mixer="mamba",
+        layer_class="AttentionDecoderLayer",
+        mixer_layer_class="MambaDecoderLayer",
+        norms=("input_layernorm", "pre_ff_layernorm"),
+        final_norm="final_layernorm",
+        rotary_class="",
+    ),
+    Family(
+        ("granitemoe",), "GraniteMoe", block="block_sparse_moe", block_class="MoE", router="router",
+        qkv_bias="attention_bias", o_bias="attention_bias",
+    ),
+    Family(
+        ("granitemoeshared",), "GraniteMoeShared", block="block_sparse_moe", block_class="MoE",
+        router="router", shared="shared_mlp", qkv_bias="attention_bias", o_bias="attention_bias",
+    ),
+    Family(
+        ("granitemoehybrid",), "GraniteMoeHybrid", block="block_sparse_moe", block_class="MoE",
+        router="router", shared="shared_mlp", mixer="mamba2", rotary_class="",
+        qkv_bias="attention_bias", o_bias="attention_bias",
+    ),
+    Family(
+        ("phimoe",), "Phimoe", block_alias="block_sparse_moe", router="router",
+        projections=("w1", "w3", "w2"), norm_class="=LayerNorm", norm_bias=True,
+        o_bias="attention_bias", head_bias="lm_head_bias",
+    ),
+    Family(
+        ("ernie4_5_moe",), "Ernie4_5_Moe", shared="shared_experts", qkv_bias="use_bias",
+        o_bias="use_bias", router_below=("moe_statics", "=Ernie4_5_MoeStatics"),
+    ),
+    Family(
+        ("exaone_moe",), "ExaoneMoe", block_class="SparseMoEBlock", router_class="TopkRouter",
+        shared="shared_experts", qk_norm="=head",
+    ),
+    Family(
+        ("glm4_moe_lite",), "Glm4MoeLite", attention="mla", block_class="MoE",
+        router_class="TopkRouter", shared="shared_experts",
+    ),
+    Family(
+        ("solar_open",), "SolarOpen", block_class="MoE", router_class="TopkRouter",
+        shared="shared_experts",
+    ),
+)  # fmt: skip
 
 # For a model_type that is not above but whose config has experts: the layout that most families
 # have.
-GENERIC = Family(("",), "", attention="gqa", shared="shared_experts")
+GENERIC = Family(
+    ("",), "", attention="gqa", shared="shared_experts", block_alias="block_sparse_moe"
+)
 
 
 def find_family(model_type: str) -> Family | None:

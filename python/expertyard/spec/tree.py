@@ -32,7 +32,7 @@ def _modules(arch: Arch) -> Iterator[Module]:
     yield Module("", (arch.architecture, "PreTrainedModel", "Module"), "root")
     yield Module(
         base, (class_name(family, family.model_class), *old(arch, "model"), "Module"), "model",
-        aliases=("model",) if base != "model" else (),
+        aliases=("model", "language_model.model") if base != "model" else (),
     )  # fmt: skip
     top = _Names(arch, base)
     hidden = arch.hidden_size
@@ -42,12 +42,16 @@ def _modules(arch: Arch) -> Iterator[Module]:
     yield top.module("layers", ("ModuleList",), "list")
     for layer in range(arch.num_layers):
         yield from _layer(arch, layer)
-    yield top.module("norm", _norm(arch), "norm", shapes=((hidden,),))
-    yield top.module("rotary_emb", _rotary(arch), "rotary")
+    yield top.module(family.final_norm, _norm(arch), "norm", _norm_shapes(arch, hidden))
+    if family.rotary_class:
+        yield top.module("rotary_emb", _rotary(arch), "rotary")
     if arch.vision is not None:
         yield _vision(arch)
     head: tuple[Shape, ...] = () if arch.tie_word_embeddings else ((arch.vocab_size, hidden),)
-    yield Module("lm_head", ("Linear", "Module"), "head", shapes=head)
+    if head and arch.head_bias:
+        head += ((arch.vocab_size,),)
+    aliases = ("language_model.lm_head",) if base != "model" else ()
+    yield Module("lm_head", ("Linear", "Module"), "head", shapes=head, aliases=aliases)
 
 
 class _Names:
@@ -59,7 +63,11 @@ class _Names:
         parents = [alias] if alias else []
         if arch.prefix != "model.":
             # the text model alone, and older multimodal layouts, have no language_model in the path
-            parents += [name.replace(arch.prefix[:-1], "model", 1) for name in (parent, *parents)]
+            parents += [
+                name.replace(arch.prefix[:-1], older, 1)
+                for older in ("model", "language_model.model")
+                for name in (parent, *parents)
+            ]
         self.parents = tuple(parents)
 
     def module(
@@ -97,6 +105,10 @@ def _norm(arch: Arch) -> tuple[str, ...]:
     return (class_name(arch.family, arch.family.norm_class),)
 
 
+def _norm_shapes(arch: Arch, size: int) -> tuple[Shape, ...]:
+    return ((size,), (size,)) if arch.family.norm_bias else ((size,),)
+
+
 def _rotary(arch: Arch) -> tuple[str, ...]:
     return (class_name(arch.family, arch.family.rotary_class), *old(arch, "rotary"))
 
@@ -105,9 +117,11 @@ def _layer(arch: Arch, layer: int) -> Iterator[Module]:
     family = arch.family
     here = f"{arch.prefix}layers.{layer}"
     in_list = _Names(arch, f"{arch.prefix}layers", layer)
-    yield in_list.module(str(layer), (class_name(family, family.layer_class),), "layer")
+    mixes = arch.mixer is not None and arch.mixes[layer]
+    layer_class = (mixes and family.mixer_layer_class) or family.layer_class
+    yield in_list.module(str(layer), (class_name(family, layer_class),), "layer")
     names = _Names(arch, here, layer)
-    yield from _attention(arch, layer, names)
+    yield from _mixer(arch, layer, names) if mixes else _attention(arch, layer, names)
     if arch.is_moe[layer]:
         yield from _moe_block(arch, layer, names)
     else:
@@ -115,8 +129,32 @@ def _layer(arch: Arch, layer: int) -> Iterator[Module]:
         classes = (class_name(family, family.mlp_class),)
         yield names.module(mlp, classes, "mlp")
         yield from _mlp(arch, _Names(arch, f"{here}.{mlp}", layer), "mlp", arch.dense_size)
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        yield names.module(norm, _norm(arch), "norm", ((arch.hidden_size,),))
+    if family.shared == "shared_mlp" and arch.shared_size:
+        yield from _shared_mlp(arch, layer, names)
+    for norm in family.norms:
+        yield names.module(norm, _norm(arch), "norm", _norm_shapes(arch, arch.hidden_size))
+
+
+def _mixer(arch: Arch, layer: int, names: _Names) -> Iterator[Module]:
+    """What a layer has instead of attention; rules and device maps treat it as such."""
+    mixer, family = arch.mixer, arch.family
+    assert mixer is not None
+    yield names.module(
+        mixer.name, (class_name(family, mixer.class_suffix),), "attention", mixer.shapes
+    )
+    inner = _Names(arch, f"{names.parent}.{mixer.name}", layer)
+    for name, cls, shapes in mixer.children:
+        part = "norm" if name.endswith("norm") else "attention"
+        cls = family.prefix + cls[1:] if cls.startswith("~") else cls
+        yield inner.module(name, (cls,), part, shapes)
+
+
+def _shared_mlp(arch: Arch, layer: int, names: _Names) -> Iterator[Module]:
+    """Granite's shared expert stands beside the block and has gate and up in one matrix."""
+    yield names.module("shared_mlp", (class_name(arch.family, arch.family.mlp_class),), "shared")
+    below = _Names(arch, f"{names.parent}.shared_mlp", layer)
+    yield below.linear("input_linear", "shared", 2 * arch.shared_size, arch.hidden_size)
+    yield below.linear("output_linear", "shared", arch.hidden_size, arch.shared_size)
 
 
 def _mlp(arch: Arch, names: _Names, part: str, size: int) -> Iterator[Module]:
@@ -136,7 +174,8 @@ def _attention(arch: Arch, layer: int, names: _Names) -> Iterator[Module]:
         yield from _mla(arch, inner)
     else:
         q, kv = heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-        yield inner.linear("q_proj", "attention", q, hidden, arch.qkv_bias)
+        gated = 2 if family.gated_attention else 1
+        yield inner.linear("q_proj", "attention", gated * q, hidden, arch.qkv_bias)
         yield inner.linear("k_proj", "attention", kv, hidden, arch.qkv_bias)
         yield inner.linear("v_proj", "attention", kv, hidden, arch.qkv_bias)
         yield inner.linear("o_proj", "attention", hidden, q, arch.o_bias)
@@ -144,7 +183,8 @@ def _attention(arch: Arch, layer: int, names: _Names) -> Iterator[Module]:
             full = arch.qk_norm == "full"
             for name, size in (("q_norm", q), ("k_norm", kv)):
                 yield inner.module(name, _norm(arch), "norm", ((size if full else arch.head_dim,),))
-    yield inner.module("rotary_emb", _rotary(arch), "rotary", legacy=True)
+    if family.rotary_class:
+        yield inner.module("rotary_emb", _rotary(arch), "rotary", legacy=True)
 
 
 def _mla(arch: Arch, names: _Names) -> Iterator[Module]:
@@ -183,10 +223,18 @@ def _moe_block(arch: Arch, layer: int, names: _Names) -> Iterator[Module]:
     if not old(arch, "router"):
         router_classes += ("Linear",)  # as it was before transformers 5
     yield block.module(family.router, router_classes, "router", router)
+    if family.router_below[0]:
+        name, cls = family.router_below
+        yield block.module(
+            f"{family.router}.{name}",
+            (class_name(family, cls),),
+            "router",
+            ((1, experts.num_experts),),
+        )
     yield block.module(
         "experts", (class_name(family, family.experts_class), "ModuleList"), "experts"
     )
-    if arch.shared_size:
+    if arch.shared_size and family.shared != "shared_mlp":
         shared = family.shared or "shared_experts"
         yield block.module(shared, (class_name(family, family.mlp_class),), "shared")
         below = _Names(
@@ -212,5 +260,10 @@ def _vision(arch: Arch) -> Module:
         ("VisionModel", "Module"),
         "vision",
         shapes=layer * arch.vision.num_layers,
-        aliases=("model.vision_model", "model.vision_tower", "vision_model", "visual"),
+        aliases=tuple(
+            f"{parent}{name}"
+            for parent in ("model.", "")
+            for name in ("vision_model", "vision_tower", "visual", "multi_modal_projector")
+            if f"{parent}{name}" != "model.visual"
+        ),
     )

@@ -142,7 +142,8 @@ class _Reader:
                 rule.lines["recursive"],
                 f"{what}: recursive: expected True or False, got {recursive!r}.",
             )
-        experts = replace_class in names.EXPERTS_CLASSES
+        named = str(kwargs.get("generate_op")).rsplit(".", 1)[-1]
+        experts = replace_class in names.EXPERTS_CLASSES or named in names.EXPERTS_OPS
         device = self.device(kwargs, "generate_device", what)
         device = device or self.device(kwargs, "device", what)
         op = self.op(kwargs, "generate_op", what, experts)

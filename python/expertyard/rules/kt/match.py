@@ -8,8 +8,9 @@ matched. A module has the names of every layout it comes in; one of them matchin
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from expertyard.rules.kt.file import Rule
 from expertyard.rules.pins import Finding
@@ -47,14 +48,20 @@ def match_all(rules: list[Rule], spec: ModelSpec) -> Matches:
             if not winner.recursive:
                 below, stopper = module.name + ".", winner
         if module.part == "experts" and (winner is None or winner.recursive):
-            _match_experts(rules, spec, module, found)
+            _match_experts(rules, spec, module, found, winner is not None and winner.is_experts)
     return found
 
 
-def _match_experts(rules: list[Rule], spec: ModelSpec, module: Module, found: Matches) -> None:
-    """Single experts and their three projections, in the layout where experts are modules."""
+def _match_experts(
+    rules: list[Rule], spec: ModelSpec, module: Module, found: Matches, wrapped: bool
+) -> None:
+    """Single experts and their three projections, in the layout where experts are modules.
+
+    A rule that wraps all experts of a layer is about their computation, so with `wrapped` only
+    rules that speak of single experts count: not those for every linear layer or every module.
+    """
     assert module.layer is not None and spec.arch is not None
-    rules = [rule for rule in rules if rule.device]
+    rules = [rule for rule in rules if rule.device and not (wrapped and _is_broad(rule, module))]
     shape = spec.layers[module.layer].experts
     won: dict[int, Rule] = {}
     for expert in range(shape.num_experts if shape and rules else 0):
@@ -73,6 +80,24 @@ def _match_experts(rules: list[Rule], spec: ModelSpec, module: Module, found: Ma
         found.experts[module.layer] = won
 
 
+def _is_broad(rule: Rule, experts: Module) -> bool:
+    """Whether the rule's name, if it has one, says nothing that is below the experts' module."""
+    return rule.pattern is None or any(rule.pattern.search(name) for name in experts.names)
+
+
+def speaks_of_experts(rule: Rule) -> bool:
+    """Whether the rule's name says experts, or the block that has them, other than to except them.
+
+    A rule for every module of a layer, or for every linear one, does not.
+    """
+    if rule.pattern is None:
+        return False
+    said = _EXCEPT.sub("", rule.pattern.pattern)
+    return any(word in said for word in _ABOUT_EXPERTS)
+
+
+_EXCEPT = re.compile(r"\(\?<?!(?:[^()]|\([^()]*\))*\)")  # negative lookarounds, one group deep
+_ABOUT_EXPERTS = ("expert", "mlp", "block_sparse_moe", "feed_forward")
 EXPERT_CLASSES = ("MLP", "Module")
 
 
@@ -101,7 +126,10 @@ def idle_rules(rules: list[Rule], spec: ModelSpec, found: Matches) -> list[Findi
                 )
             )
         else:
-            findings.append(_finding(rule, "dead-rule", _why_dead(rule, spec)))
+            dead = _finding(rule, "dead-rule", _why_dead(rule, spec))
+            if rule.match_class and not spec.known_family:
+                dead = replace(dead, severity="note")  # the classes of the model are not known
+            findings.append(dead)
     return findings
 
 

@@ -6,8 +6,8 @@ component.
 # wrappers of the routed experts: these are ours to place and run
 EXPERTS_CLASSES = frozenset({
     "KTransformersExperts", "KTransformersExpertsV2", "KTransformersExpertsW8A8", "KGlm4Experts",
-    "KSmallthinkerExperts", "KExpertsCPU", "KExpertsCPUW8A8", "KExpertsMarlin", "KExpertsTorch",
-    "KSFTExpertsCPU", "KSFTRouteExpertsCPU", "MLPCUDAExperts", "MLPCPUExperts",
+    "KLlama4Experts", "KSmallthinkerExperts", "KExpertsCPU", "KExpertsCPUW8A8", "KExpertsMarlin",
+    "KExpertsTorch", "KSFTExpertsCPU", "KSFTRouteExpertsCPU", "MLPCUDAExperts", "MLPCPUExperts",
 })  # fmt: skip
 
 # experts operators -> ours: "cpu" and "cuda" are our kernels, "torch" is plain PyTorch
@@ -37,29 +37,33 @@ FOREIGN_CLASSES = frozenset({
     "KDeepseekV3MoE", "KDeepseekV2MoE", "KDeepseekV3MoEV2", "KDeepseekV3MoEW8A8",
     "KQwen2MoeSparseMoeBlock", "KQwen2MoeSparseMoeBlockV2", "KQwen3MoeSparseMoeBlock",
     "KQwen3MoeSparseMoeBlockV2", "KQwen3MoeSparseMoeBlockW8A8", "KQwen3NextSparseMoeBlockV2",
-    "KMistralSparseMoEBlock", "KGlm4MoeMoE", "KSmallthinkerMoeBlock",
+    "KMistralSparseMoEBlock", "KGlm4MoeMoE", "KSmallthinkerMoeBlock", "KLlama4Moe", "KHunyuanMoE",
     # linear
     "KTransformersLinear", "KTransformersLinearW8A8A2",
     # attention
     "KDeepseekV2Attention", "KLlamaAttention", "KQwen3MoeAttentionIPEXLLM", "KQwen3MoeAttention",
     "KQwen2MoeAttention", "KGlm4MoeAttention", "KQwen3NextAttention", "KQwen3NextGatedDeltaNet",
     "KSmallthinkerAttention", "flashinfer_attn", "KDeepseekV2AttentionW8A8A2",
-    "KDeepseekV2AttentionW8A8A2Serve", "KQwen3MoeAttentionW8A8A2Serve",
+    "KDeepseekV2AttentionW8A8A2Serve", "KQwen3MoeAttentionW8A8A2Serve", "KLlama4Attention",
+    "KHunYuanAttention",
     # models
-    "KDeepseekV2Model", "KQwen2MoeModel", "KLlamaModel", "KQwen3MoeModel",
+    "KDeepseekV2Model", "KQwen2MoeModel", "KLlamaModel", "KQwen3MoeModel", "KLlama4Model",
+    "KHunyuanModel",
     # rotary embeddings
     "YarnRotaryEmbeddingV3", "YarnRotaryEmbedding", "RotaryEmbedding", "RotaryEmbeddingV2",
     "RotaryEmbeddingV3", "RotaryEmbeddingV4", "KQwen3MoeRotaryEmbedding",
     "KGlm4MoeRotaryEmbedding", "KSmallthinkerRotaryEmbedding", "YarnRotaryEmbeddingV2",
+    "KLlama4RotaryEmbedding", "KHunYuanRotaryEmbedding",
     # gates
     "KMoEGate", "KMoEGateGreedy", "KMoEGateIPEXLLM", "KDeepseekV3GateA2", "KMoEGateQwen2Moe",
+    "KMoEGateDeepSeekV3",
     # MLPs
     "KQwen2MoeMLP", "kDeepseekV3MLP", "KGlm4MoeMLP", "KSmallthinkerDenseMlpBlock",
-    "KDeepseekV3MLPW8A8A2V1", "KDeepseekV3MLPW8A8A2V2",
+    "KDeepseekV3MLPW8A8A2V1", "KDeepseekV3MLPW8A8A2V2", "KLlama4MLP", "KHunYuanMLP",
     # norms
     "RMSNorm", "KDeepseekRMSNormIPEXLLM", "KQwen2MoeRMSNorm", "KQwen3MoeRMSNorm",
     "KGlm4MoeRMSNorm", "KQwen3NextRMSNorm", "KSmallthinkerRMSNorm", "KDeepseekV3RMSNormW8A8",
-    "KQwen3MoeRMSNormW8A8",
+    "KQwen3MoeRMSNormW8A8", "KLlama4RMSNorm", "KHunYuanRMSNorm",
 })  # fmt: skip
 
 # classes that rules match although no family of ours has them (other models, other generations)
@@ -72,6 +76,8 @@ OTHER_MATCH_CLASSES = frozenset({
     "SmallthinkerMoeBlock", "SmallthinkerRMSNorm", "SmallthinkerDenseMlpBlock",
     "DeepseekV2YarnRotaryEmbedding", "DeepseekV3YarnRotaryEmbedding",
     "DeepseekV2LinearScalingRotaryEmbedding", "DeepseekV2DynamicNTKScalingRotaryEmbedding",
+    "HunYuanDynamicNTKAlphaRotaryEmbedding", "HunYuanMoE", "HunYuanMLP", "HunYuanRMSNorm",
+    "HunYuanAttention",
 })  # fmt: skip
 
 TOP_KEYS = ("match", "replace", "recursive")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from expertyard.rules.devices import is_gpu
 from expertyard.rules.kt.file import Rule
-from expertyard.rules.kt.match import Matches
+from expertyard.rules.kt.match import Matches, speaks_of_experts
 from expertyard.rules.pins import Finding, Pin, Pins
 from expertyard.rules.ranges import format_ids
 from expertyard.spec import ModelSpec, Module
@@ -24,6 +24,7 @@ _PARTS = {
     "attention": "self_attn", "experts": "experts", "router": "router", "shared": "shared experts",
     "mlp": "dense MLP", "norm": "norms",
 }  # fmt: skip
+_EXAMPLE = r"'\.experts$'"
 
 
 @dataclass
@@ -236,7 +237,7 @@ def _uncovered(
     for part, name in _PARTS.items():
         having = [i for i, layer in enumerate(layers) if part in layer.parts]
         own = _meant(found) if part == "experts" else set()
-        covered = {i for i in having if part in layers[i].rules or i in own}
+        covered = {i for i in having if _is_for(layers[i], part) or i in own}
         missing = tuple(i for i in having if i not in covered)
         if missing and covered:
             partly.setdefault(missing, []).append(name)
@@ -246,7 +247,8 @@ def _uncovered(
         elif missing and (part == "experts" or several):
             nowhere.append(name)
     findings = [
-        _partly(spec, missing, parts, last.get(missing), file) for missing, parts in partly.items()
+        _partly(spec, layers, missing, parts, last.get(missing), file)
+        for missing, parts in partly.items()
     ]
     if several:
         nowhere += [
@@ -255,7 +257,10 @@ def _uncovered(
             if module.layer is None and module.shapes and index not in found.modules
         ]
     if nowhere:
-        text = f"no rule places {', '.join(nowhere)} in any layer; {_default(nowhere)}"
+        every = [i for i, layer in enumerate(layers) if "experts" in layer.parts]
+        text = (
+            f"no rule places {', '.join(nowhere)} in any layer; {_default(nowhere, layers, every)}"
+        )
         findings.append(Finding("warning", "uncovered-module", text, file))
     return findings
 
@@ -265,13 +270,31 @@ def _meant(found: Matches) -> set[int]:
     return {
         layer
         for layer, won in found.experts.items()
-        if any(rule.pattern and "experts" in rule.pattern.pattern for rule in won.values())
+        if any(speaks_of_experts(rule) for rule in won.values())
     }
 
 
-def _default(parts: list[str]) -> str:
+def _is_for(layer: _Layer, part: str) -> bool:
+    """Whether a rule places the part. A rule for everything in the layer does not place experts.
+
+    The original would run such experts, which no operator was made for, as plain modules.
+    """
+    won = layer.rules.get(part, ())
+    if part != "experts":
+        return bool(won)
+    return any(rule.is_experts or speaks_of_experts(rule) for _, rule in won)
+
+
+def _default(parts: list[str], layers: list[_Layer], missing: Iterable[int]) -> str:
     """Where things go that no rule places."""
     if "experts" in parts:
+        taken = {rule for i in missing for _, rule in layers[i].rules.get("experts", ())}
+        if taken:
+            rule = min(taken, key=lambda rule: rule.number)
+            return (
+                f"rule {rule.number} ({rule.where}), which is not about experts, takes them to "
+                f"{rule.device}. Say it with a rule for {_EXAMPLE}."
+            )
         return (
             "experts go where rules for what is in them say, else where the planner puts them; "
             "everything else goes with its layer."
@@ -280,7 +303,12 @@ def _default(parts: list[str]) -> str:
 
 
 def _partly(
-    spec: ModelSpec, missing: tuple[int, ...], parts: list[str], rule: Rule | None, file: str
+    spec: ModelSpec,
+    layers: list[_Layer],
+    missing: tuple[int, ...],
+    parts: list[str],
+    rule: Rule | None,
+    file: str,
 ) -> Finding:
     """One finding for parts that lack a rule in the same layers; at the end of the model it is a
     short range.
@@ -291,8 +319,8 @@ def _partly(
     if missing == tuple(range(start, spec.num_layers)):
         text = (
             f"the rules stop at layer {start - 1}, but {spec.name} has {spec.num_layers} layers: "
-            f"no rule places {what}; {_default(parts)}"
+            f"no rule places {what}; {_default(parts, layers, missing)}"
         )
         return Finding("warning", "short-range", text, file, line)
-    text = f"no rule places {what}; {_default(parts)}"
+    text = f"no rule places {what}; {_default(parts, layers, missing)}"
     return Finding("warning", "uncovered-module", text, file, line)
