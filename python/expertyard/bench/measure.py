@@ -137,7 +137,7 @@ def measure(
     variants = own_variants(layer, plan.format, plan.modes)
     if not variants:
         return [], {}
-    checks = _checks(layer, plan)
+    checks = make_checks(layer, plan)
     absent: dict[str, str] = {}
     samples: dict[tuple[str, int, str], Samples] = {}
     for peers in _groups(layer, plan, absent):
@@ -145,9 +145,9 @@ def measure(
         for peer in peers:
             progress(f"{what}: making {peer.name}")
             try:
-                runs[peer.name] = _checked(layer, peer, plan, checks, limits.num_threads)
-            except Exception as error:  # someone else's code may raise anything
-                absent[peer.name] = _reason(error)
+                runs[peer.name] = check_peer(layer, peer, plan, checks, limits.num_threads)
+            except Exception as failure:  # someone else's code may raise anything
+                absent[peer.name] = _reason(failure)
         layer.forget()
         if peers and not runs and samples:
             continue
@@ -155,7 +155,9 @@ def measure(
             for num_tokens in plan.tokens:
                 step = f"{what} T={num_tokens} {routing}"
                 progress(step + (f" beside {', '.join(runs)}" if runs else ""))
-                _check_own(step, variants, checks, num_tokens, routing, shape, samples)
+                for variant in variants:
+                    error = check_own(variant, checks, make_call(shape, num_tokens, routing))
+                    samples.setdefault((routing, num_tokens, variant.kernel), Samples(error))
                 _rounds(layer, plan, variants, runs, limits, num_tokens, routing, samples)
         runs.clear()  # before the next group asks how much memory is free
     return [
@@ -185,7 +187,7 @@ def own_variants(layer: Layer, format: str, modes: tuple[str, ...] = MODES) -> l
 
 
 @dataclass(frozen=True)
-class _Checks:
+class Checks:
     """Tokens that are put into a call, and what should come out for them."""
 
     tokens: Call
@@ -204,39 +206,34 @@ class _Checks:
         return Call(*parts), rows
 
 
-def _checks(layer: Layer, plan: Plan) -> _Checks:
+def make_checks(layer: Layer, plan: Plan) -> Checks:
     tokens = make_call(layer.shape, _CHECKED_TOKENS, plan.routings[0])
     plain = layer.reference(tokens, layer.template)
     base = get_format(plan.format).base
     if base in _IN_PLACE and base != "fp16":
-        return _Checks(tokens, plain, plain)
-    return _Checks(tokens, layer.reference(tokens, layer.template_in(plan.format)), plain)
+        return Checks(tokens, plain, plain)
+    return Checks(tokens, layer.reference(tokens, layer.template_in(plan.format)), plain)
 
 
-def _error(run: Run, checks: _Checks, call: Call, expected: Tensor) -> float:
+def _error(run: Run, checks: Checks, call: Call, expected: Tensor) -> float:
     placed, rows = checks.placed(call)
     got = run(placed.hidden_states, placed.topk_ids, placed.topk_weights)
     return calc_diff(got[rows], expected[: len(rows)])
 
 
-def _check_own(
-    step: str,
-    variants: Sequence[Variant],
-    checks: _Checks,
-    num_tokens: int,
-    routing: str,
-    shape: Shape,
-    samples: dict[tuple[str, int, str], Samples],
-) -> None:
-    call = make_call(shape, num_tokens, routing)
-    for variant in variants:
-        error = _error(variant.run, checks, call, checks.own)
-        if not error < _OWN_TOLERANCE[variant.mode]:
-            raise KernelError(f"{step}: {variant.kernel} is wrong: relative error {error:.1e}")
-        samples.setdefault((routing, num_tokens, variant.kernel), Samples(error))
+def check_own(variant: Variant, checks: Checks, call: Call) -> float:
+    """The relative L2 error of ours. KernelError if that is too much."""
+    error = _error(variant.run, checks, call, checks.own)
+    if not error < _OWN_TOLERANCE[variant.mode]:
+        raise KernelError(
+            f"{variant.kernel} is wrong for {call.topk_ids.shape[0]} tokens: "
+            f"relative error {error:.1e}"
+        )
+    return error
 
 
-def _checked(layer: Layer, peer: Peer, plan: Plan, checks: _Checks, threads: int) -> Run:
+def check_peer(layer: Layer, peer: Peer, plan: Plan, checks: Checks, threads: int) -> Run:
+    """The peer, made and checked for every number of tokens. Raises what it raises."""
     base = peer.beside[get_format(plan.format).base]
     run = peer.make(layer, base, threads)
     for num_tokens in plan.tokens:

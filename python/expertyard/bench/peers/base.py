@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a peer is: someone else's way to compute the same layer, and when it can run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,43 @@ class Peer:
         weights = layer.shape.expert_params
         own = self.bytes_per_weight[self.beside[base]]
         return weights * (layer.shape.num_experts * own + 8)
+
+
+Parts = tuple[Tensor, ...]  # of one matrix, each with its rows first: codes, scales
+
+
+def converted(
+    layer: Layer, convert: Callable[[Tensor], Parts]
+) -> Iterator[tuple[Parts, Parts, Parts]]:
+    """gate, up and down of each expert, converted from bf16: the template is, once."""
+    template = [convert(matrix) for matrix in layer.template.matrices()]
+    for expert in range(layer.shape.num_experts):
+        w13, w2 = layer.shifts(expert)
+        gate, up, down = (
+            tuple(part.roll(by, 0) for part in parts)
+            for parts, by in zip(template, (w13, w13, w2), strict=True)
+        )
+        yield gate, up, down
+
+
+def joined(a: Parts, b: Parts) -> Parts:
+    """Rows of a, then rows of b."""
+    return tuple(torch.cat(pair) for pair in zip(a, b, strict=True))
+
+
+def int8_rows(weight: Tensor) -> Parts:
+    """int8 codes [out, in] and fp32 scales [out]."""
+    rows = weight.float()
+    scales = rows.abs().amax(1).clamp(min=1e-12) / 127
+    return (rows / scales[:, None]).round().to(torch.int8), scales
+
+
+def int4_groups(weight: Tensor, group: int) -> Parts:
+    """Codes 0 to 15 in uint8 [out, in], the code of zero is 8; bf16 scales [out, in / group]."""
+    groups = weight.float().unflatten(1, (-1, group))
+    scales = (groups.abs().amax(2, keepdim=True).clamp(min=1e-12) / 7).bfloat16()
+    codes = (groups / scales.float()).round().clamp(-8, 7) + 8
+    return codes.to(torch.uint8).flatten(1), scales.squeeze(2)
 
 
 Linear = Callable[[int, Tensor], Tensor]  # expert, [tokens, in] -> [tokens, out]

@@ -9,7 +9,7 @@ import atexit
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from ...formats import get_format
 from ...quantize import quantize
 from ..layer import Layer
-from .base import Peer, Run
+from .base import Parts, Peer, Run, converted, int4_groups
 
 _MAX_TOKENS = 4096  # of a call; more than that and it reads beyond its buffers
 _GROUP = {"int4": 32, "mxfp4": 32}  # its int4 engine gives infinities with groups of 128
@@ -72,7 +72,6 @@ def _make(spare: int, layer: Layer, base: str, threads: int) -> Run:
         raise ValueError(f"there is only {threads} thread")
     extension, shape = _extension(), layer.shape
     pool = _pool(threads - spare)
-    experts = [layer.expert(e) for e in range(shape.num_experts)]
     gpu_mask = torch.zeros(shape.num_experts, dtype=torch.bool)
     config = extension.moe.MOEConfig(
         shape.num_experts,
@@ -84,17 +83,17 @@ def _make(spare: int, layer: Layer, base: str, threads: int) -> Run:
     config.layer_idx = 0
     config.pool = pool.backend_
     config.max_len = _MAX_TOKENS
-    kept: list[Any] = []
-    for name in ("gate", "up", "down"):
-        matrices = [getattr(one, name) for one in experts]
+    experts = list(converted(layer, _CONVERT[base]))
+    stacks = []
+    for which, name in enumerate(("gate", "up", "down")):
+        matrices = [one[which] for one in experts]
         if base == "int8":  # quantised by the engine, from stacked weights
-            kept.append(torch.stack(matrices))
-            setattr(config, f"{name}_proj", kept[-1].data_ptr())
+            stacks.append(torch.stack([parts[0] for parts in matrices]))
+            setattr(config, f"{name}_proj", stacks[-1].data_ptr())
             continue
-        packed = [_PACK[base](matrix) for matrix in matrices]
-        kept.append(packed)
-        setattr(config, f"{name}_projs", [_addresses(p[0] for p in packed)])
-        setattr(config, f"{name}_scales", [_addresses(p[1] for p in packed)])
+        setattr(config, f"{name}_projs", [[parts[0].data_ptr() for parts in matrices]])
+        scales = [parts[1].data_ptr() if len(parts) > 1 else 0 for parts in matrices]
+        setattr(config, f"{name}_scales", [scales])
     if base in _GROUP:
         config.quant_config.bits = 4
         config.quant_config.group_size = _GROUP[base]
@@ -104,7 +103,7 @@ def _make(spare: int, layer: Layer, base: str, threads: int) -> Run:
         engine = getattr(extension.moe, _ENGINES[base])(config)
         pool.submit(engine.load_weights_task(numbers.data_ptr()))
         pool.sync()
-    del kept, experts
+    del stacks, experts  # it has copies of its own now
 
     def run(
         hidden_states: Tensor,
@@ -131,31 +130,25 @@ def _make(spare: int, layer: Layer, base: str, threads: int) -> Run:
     return run
 
 
-def _addresses(tensors: Any) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
-
-
-_Packed = tuple[Tensor, Tensor | None]
-
-
-def _pack_int4(weight: Tensor) -> _Packed:
-    q = quantize(weight, get_format("int4-g32"))
-    return _nibbles(q.codes), q.scales
-
-
-def _pack_mxfp4(weight: Tensor) -> _Packed:
+def _mxfp4(weight: Tensor) -> Parts:
     q = quantize(weight, get_format("mxfp4"))
     return _nibbles(q.codes), torch.exp2(q.scales.float() - 127).bfloat16()
+
+
+def _int4(weight: Tensor) -> Parts:
+    codes, scales = int4_groups(weight, _GROUP["int4"])
+    return _nibbles(codes), scales
 
 
 def _nibbles(codes: Tensor) -> Tensor:
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
-_PACK = {
-    "bf16": lambda weight: (weight, None),
-    "int4": _pack_int4,
-    "mxfp4": _pack_mxfp4,
+_CONVERT: dict[str, Callable[[Tensor], Parts]] = {
+    "bf16": lambda weight: (weight,),
+    "int8": lambda weight: (weight,),
+    "int4": _int4,
+    "mxfp4": _mxfp4,
 }
 
 

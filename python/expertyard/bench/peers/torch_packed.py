@@ -5,77 +5,70 @@ quantised dynamic int8 (oneDNN or FBGEMM), and the int8 and int4 weight-only pro
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..layer import Layer
-from .base import Linear, Peer, Run, by_expert
+from .base import Parts, Peer, Run, by_expert, converted, int4_groups, int8_rows, joined
 
 _GROUP = 128  # of int4
 
 
-def _linears(
-    layer: Layer, pack: Callable[[Tensor], Callable[[Tensor], Tensor]]
-) -> tuple[Linear, Linear]:
-    """pack(bf16 weight [out, in]) -> linear, for each expert's gate and up together, and down."""
-    pairs = []
-    for index in range(layer.shape.num_experts):
-        one = layer.expert(index)
-        pairs.append((pack(torch.cat((one.gate, one.up))), pack(one.down)))
-    return (lambda e, x: pairs[e][0](x)), (lambda e, x: pairs[e][1](x))
+def _loop(
+    layer: Layer,
+    convert: Callable[[Tensor], Parts],
+    linear: Callable[..., Callable[[Tensor], Tensor]],
+    dtype: torch.dtype = torch.bfloat16,
+) -> Run:
+    """convert(bf16 weight) -> parts; linear(*parts) -> [tokens, in] -> [tokens, out]."""
+    pairs = [
+        (linear(*joined(gate, up)), linear(*down)) for gate, up, down in converted(layer, convert)
+    ]
+    return by_expert(layer, lambda e, x: pairs[e][0](x), lambda e, x: pairs[e][1](x), dtype)
 
 
 def _onednn(layer: Layer, base: str, threads: int) -> Run:
-    def pack(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    def linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
-    return by_expert(layer, *_linears(layer, pack), dtype=torch.bfloat16)
+    return _loop(layer, lambda weight: (weight,), linear)
 
 
 def _linear_dynamic(layer: Layer, base: str, threads: int) -> Run:
-    def pack(weight: Tensor) -> Callable[[Tensor], Tensor]:
-        rows = weight.float()
-        scales = rows.abs().amax(1).clamp(min=1e-12) / 127
-        zeros = torch.zeros(len(rows), dtype=torch.int64)
-        quantized = torch.quantize_per_channel(rows, scales.double(), zeros, 0, torch.qint8)
+    def linear(codes: Tensor, scales: Tensor) -> Callable[[Tensor], Tensor]:
+        zeros = torch.zeros(len(codes), dtype=torch.int64)
+        quantized = torch._make_per_channel_quantized_tensor(codes, scales.double(), zeros, 0)
         packed = torch.ops.quantized.linear_prepack(quantized, None)
         return lambda x: torch.ops.quantized.linear_dynamic(x, packed, False)
 
     warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
-    engines = torch.backends.quantized.supported_engines
-    if "onednn" in engines:
+    if "onednn" in torch.backends.quantized.supported_engines:
         torch.backends.quantized.engine = "onednn"
-    return by_expert(layer, *_linears(layer, pack), dtype=torch.float32)
+    return _loop(layer, int8_rows, linear, torch.float32)
 
 
 def _int8pack(layer: Layer, base: str, threads: int) -> Run:
-    def pack(weight: Tensor) -> Callable[[Tensor], Tensor]:
-        rows = weight.float()
-        scales = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        codes = (rows / scales).round().to(torch.int8)
-        kept = scales.flatten().bfloat16()
+    def linear(codes: Tensor, scales: Tensor) -> Callable[[Tensor], Tensor]:
+        kept = scales.bfloat16()
         return lambda x: torch._weight_int8pack_mm(x, codes, kept)
 
-    return by_expert(layer, *_linears(layer, pack), dtype=torch.bfloat16)
+    return _loop(layer, int8_rows, linear)
 
 
 def _int4pack(layer: Layer, base: str, threads: int) -> Run:
-    def pack(weight: Tensor) -> Callable[[Tensor], Tensor]:
-        groups = weight.float().unflatten(1, (-1, _GROUP))
-        scales = groups.abs().amax(2, keepdim=True).clamp(min=1e-12) / 7
-        codes = ((groups / scales).round().clamp(-8, 7) + 8).to(torch.int32).flatten(1)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
-        pairs = torch.cat((scales, torch.zeros_like(scales)), 2).transpose(0, 1)
-        kept = pairs.contiguous().bfloat16()
+    def linear(codes: Tensor, scales: Tensor) -> Callable[[Tensor], Tensor]:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 2)
+        kept = torch.stack((scales, torch.zeros_like(scales)), 2).transpose(0, 1).contiguous()
         product = torch.ops.aten._weight_int4pack_mm_for_cpu
         return lambda x: product(x, packed, _GROUP, kept)
 
     shape = layer.shape
     if shape.hidden_size % _GROUP or shape.intermediate_size % _GROUP:
         raise ValueError(f"takes whole groups of {_GROUP} only")
-    return by_expert(layer, *_linears(layer, pack), dtype=torch.bfloat16)
+    return _loop(layer, partial(int4_groups, group=_GROUP), linear)
 
 
 _BOTH = ("silu", "swigluoai")

@@ -5,16 +5,17 @@ on AMX machines only; it runs on AVX-512.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...formats import get_format
+from ...quantize import quantize
 from ..layer import Layer
-from .base import Peer, Run
+from .base import Parts, Peer, Run, converted, int4_groups, int8_rows, joined
 
 _METHOD = {"bf16": 0, "int8": 1, "fp8": 2, "int4": 3, "mxfp4": 4}
 _GPTQ = 1  # how int4 weights are laid out for _pack_int4
@@ -46,27 +47,12 @@ def _make(layer: Layer, base: str, threads: int) -> Run:
     shape = layer.shape
     if base in ("int4", "fp8") and (shape.hidden_size % _GROUP or shape.intermediate_size % _GROUP):
         raise ValueError(f"takes whole groups of {_GROUP} only")
-    parts: list[list[Any]] = [
-        [_PACK[base](matrix) for matrix in (torch.cat((one.gate, one.up)), one.down)]
-        for one in (layer.expert(e) for e in range(shape.num_experts))
-    ]
-    weights, scales, zeros = [], [], []
-    for which in range(2):
-        codes, scale, zero = (
-            None if part[0] is None else torch.stack(part)
-            for part in zip(*(pair[which] for pair in parts), strict=True)
-        )
-        for pair in parts:
-            pair[which] = None
-        if base == "int4":
-            codes, zero, scale = ops.convert_weight_packed_scale_zp(codes, zero, scale, _GPTQ)
-        else:
-            codes = ops.convert_weight_packed(codes)
-        if base == "mxfp4":
-            scale = ops.convert_scale_packed(scale)
-        weights.append(codes)
-        scales.append(scale)
-        zeros.append(zero)
+    w13: list[Parts] = []
+    w2: list[Parts] = []
+    for gate, up, down in converted(layer, _CONVERT[base]):
+        w13.append(_finished(base, joined(gate, up)))
+        w2.append(_finished(base, down))
+    weights, scales, zeros = zip(*(_packed(base, parts) for parts in (w13, w2)), strict=True)
     block = [_GROUP, _GROUP] if base == "fp8" else None
 
     def run(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -93,52 +79,58 @@ def _make(layer: Layer, base: str, threads: int) -> Run:
     return run
 
 
-_Packed = tuple[Tensor, Tensor | None, Tensor | None]  # codes, scales, zeros
+def _packed(base: str, experts: list[Parts]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """codes, scales and zeros as the op takes them; empties experts."""
+    stacked = [torch.stack(parts) for parts in zip(*experts, strict=True)]
+    experts.clear()
+    if base == "int4":
+        codes, scales = stacked
+        # a zero is stored less one, eight of them in a word
+        words = (*scales.shape[:2], scales.shape[2] // 8)
+        zeros = torch.full(words, 0x77777777, dtype=torch.int32)
+        ops = torch.ops._C.convert_weight_packed_scale_zp
+        codes, zeros, scales = ops(codes, zeros, scales, _GPTQ)
+        return codes, scales, zeros
+    codes = torch.ops._C.convert_weight_packed(stacked[0])
+    if base == "mxfp4":
+        return codes, torch.ops._C.convert_scale_packed(stacked[1]), None
+    return codes, stacked[1] if len(stacked) > 1 else None, None
 
 
-def _pack_int8(weight: Tensor) -> _Packed:
-    rows = weight.float()
-    scales = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-    return (rows / scales).round().to(torch.int8), scales.squeeze(1), None
+def _fp8(weight: Tensor) -> Parts:
+    """One scale for all, as if each block had it: it can be moved with the rows."""
+    scale = weight.float().abs().amax() / 448
+    columns = weight.shape[1] // _GROUP
+    codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+    return codes.view(torch.uint8), scale.expand(weight.shape[0], columns).contiguous()
 
 
-def _pack_fp8(weight: Tensor) -> _Packed:
-    blocks = weight.float().unflatten(0, (-1, _GROUP)).unflatten(2, (-1, _GROUP))
-    scales = blocks.abs().amax((1, 3), keepdim=True).clamp(min=1e-12) / 448
-    codes = (blocks / scales).view_as(weight).to(torch.float8_e4m3fn)
-    return codes, scales.squeeze(3).squeeze(1), None
+def _mxfp4(weight: Tensor) -> Parts:
+    q = quantize(weight, get_format("mxfp4"))
+    return q.codes[:, 0::2] | q.codes[:, 1::2] << 4, q.scales
 
 
-def _pack_int4(weight: Tensor) -> _Packed:
-    """GPTQ's layout: eight rows of k in an int32, [k / 8, out]; scales [k / group, out]."""
-    groups = weight.float().unflatten(1, (-1, _GROUP))
-    scales = groups.abs().amax(2, keepdim=True).clamp(min=1e-12) / 7
-    codes = ((groups / scales).round().clamp(-8, 7) + 8).to(torch.int32).view_as(weight)
-    eights = codes.T.unflatten(0, (-1, 8))
+_CONVERT: dict[str, Callable[[Tensor], Parts]] = {
+    "bf16": lambda weight: (weight,),
+    "int8": int8_rows,
+    "fp8": _fp8,
+    "int4": partial(int4_groups, group=_GROUP),
+    "mxfp4": _mxfp4,
+}
+
+
+def _finished(base: str, parts: Parts) -> Parts:
+    """What no longer has its rows first: fp8's scales by block, int4 in GPTQ's layout."""
+    if base == "fp8":
+        return parts[0].view(torch.float8_e4m3fn), parts[1][::_GROUP]
+    if base != "int4":
+        return parts
+    eights = parts[0].to(torch.int32).T.unflatten(0, (-1, 8))  # [k / 8, 8, out]
     words = torch.zeros(eights.shape[0], eights.shape[2], dtype=torch.int32)
     for i in range(8):
         words |= eights[:, i] << 4 * i
-    kept = scales.squeeze(2).T.contiguous().bfloat16()
-    # a zero is stored less one, eight of them in a word
-    zeros = torch.full((kept.shape[0], kept.shape[1] // 8), 0x77777777, dtype=torch.int32)
-    return words, kept, zeros
+    return words, parts[1].T.contiguous()
 
-
-def _pack_mxfp4(weight: Tensor) -> _Packed:
-    from ...formats import get_format
-    from ...quantize import quantize
-
-    q = quantize(weight, get_format("mxfp4"))
-    return q.codes[:, 0::2] | q.codes[:, 1::2] << 4, q.scales, None
-
-
-_PACK: dict[str, Callable[[Tensor], _Packed]] = {
-    "bf16": lambda weight: (weight, None, None),
-    "int8": _pack_int8,
-    "fp8": _pack_fp8,
-    "int4": _pack_int4,
-    "mxfp4": _pack_mxfp4,
-}
 
 VLLM = Peer(
     name="vllm_cpu",
