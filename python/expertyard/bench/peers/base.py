@@ -65,9 +65,12 @@ def converted(
         yield gate, up, down
 
 
-def joined(a: Parts, b: Parts) -> Parts:
-    """Rows of a, then rows of b."""
-    return tuple(torch.cat(pair) for pair in zip(a, b, strict=True))
+def joined(a: Parts, b: Parts, interleaved: bool = False) -> Parts:
+    """Rows of a, then rows of b; or a0, b0, a1, b1 ..."""
+    pairs = zip(a, b, strict=True)
+    if interleaved:
+        return tuple(torch.stack(pair, 1).flatten(0, 1) for pair in pairs)
+    return tuple(torch.cat(pair) for pair in pairs)
 
 
 def int8_rows(weight: Tensor) -> Parts:

@@ -5,7 +5,7 @@ on AMX machines only; it runs on AVX-512.
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...formats import get_format
 from ...quantize import quantize
+from ...reference import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
 from ..layer import Layer
 from .base import Parts, Peer, Run, converted, int4_groups, int8_rows, joined
 
@@ -47,12 +48,19 @@ def _make(layer: Layer, base: str, threads: int) -> Run:
     shape = layer.shape
     if base in ("int4", "fp8") and (shape.hidden_size % _GROUP or shape.intermediate_size % _GROUP):
         raise ValueError(f"takes whole groups of {_GROUP} only")
+    if shape.activation != "silu" and base in ("int8", "int4"):
+        raise ValueError(f"its {base} ignores {shape.activation} and biases")
     w13: list[Parts] = []
     w2: list[Parts] = []
     for gate, up, down in converted(layer, _CONVERT[base]):
-        w13.append(_finished(base, joined(gate, up)))
+        w13.append(_finished(base, joined(gate, up, layer.interleaved)))
         w2.append(_finished(base, down))
     weights, scales, zeros = zip(*(_packed(base, parts) for parts in (w13, w2)), strict=True)
+    bias, alpha, limit = None, None, None
+    if shape.activation == "swigluoai":
+        assert layer.gate_bias is not None and layer.up_bias is not None
+        bias = torch.stack((layer.gate_bias, layer.up_bias), 2).flatten(1)
+        alpha, limit = SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
     block = [_GROUP, _GROUP] if base == "fp8" else None
 
     def run(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -68,10 +76,10 @@ def _make(layer: Layer, base: str, threads: int) -> Run:
             *zeros,
             None,  # a1_scale
             block,
-            None,  # w1_bias
-            None,  # w2_bias
-            None,  # alpha
-            None,  # limit
+            bias,
+            layer.down_bias,
+            alpha,
+            limit,
             True,  # weights are prepacked
         )
         return out
@@ -105,6 +113,16 @@ def _fp8(weight: Tensor) -> Parts:
     return codes.view(torch.uint8), scale.expand(weight.shape[0], columns).contiguous()
 
 
+def _int4(weight: Tensor) -> Parts:
+    """GPTQ's words, but with rows first: eight of a row in an int32."""
+    codes, scales = int4_groups(weight, _GROUP)
+    eights = codes.to(torch.int32).unflatten(1, (-1, 8))
+    words = torch.zeros(eights.shape[:2], dtype=torch.int32)
+    for i in range(8):
+        words |= eights[:, :, i] << 4 * i
+    return words, scales
+
+
 def _mxfp4(weight: Tensor) -> Parts:
     q = quantize(weight, get_format("mxfp4"))
     return q.codes[:, 0::2] | q.codes[:, 1::2] << 4, q.scales
@@ -114,22 +132,18 @@ _CONVERT: dict[str, Callable[[Tensor], Parts]] = {
     "bf16": lambda weight: (weight,),
     "int8": int8_rows,
     "fp8": _fp8,
-    "int4": partial(int4_groups, group=_GROUP),
+    "int4": _int4,
     "mxfp4": _mxfp4,
 }
 
 
 def _finished(base: str, parts: Parts) -> Parts:
-    """What no longer has its rows first: fp8's scales by block, int4 in GPTQ's layout."""
+    """What no longer has its rows first: fp8's scales by block, int4 as GPTQ has it."""
     if base == "fp8":
         return parts[0].view(torch.float8_e4m3fn), parts[1][::_GROUP]
-    if base != "int4":
-        return parts
-    eights = parts[0].to(torch.int32).T.unflatten(0, (-1, 8))  # [k / 8, 8, out]
-    words = torch.zeros(eights.shape[0], eights.shape[2], dtype=torch.int32)
-    for i in range(8):
-        words |= eights[:, i] << 4 * i
-    return words, parts[1].T.contiguous()
+    if base == "int4":
+        return parts[0].T.contiguous(), parts[1].T.contiguous()
+    return parts
 
 
 VLLM = Peer(
@@ -140,4 +154,5 @@ VLLM = Peer(
     # weights and, while they are packed, a copy
     bytes_per_weight={"bf16": 4, "int8": 2, "fp8": 2, "int4": 1.3, "mxfp4": 1.2},
     absent=_absent,
+    activations=("silu", "swigluoai"),
 )
