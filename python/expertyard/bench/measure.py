@@ -1,39 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures one shape: every number of tokens, ours and the peers in turn, between probes.
+"""Measures one format of one layer: every number of tokens, ours and the peers in turn, between
+probes of the limits.
 
-  r_mem   bytes of the distinct experts that were chosen / time / read bandwidth
-  r_cmp   operations / time / peak of the kernel's multiply-add
+  r_mem   bytes of the distinct experts that were chosen, as packed / time / read bandwidth
+  r_cmp   operations / time / peak of the kernel's own multiply-add
   r_roof  max(bytes / bandwidth, operations / peak) / time: the share of what is possible
 
-each with the probe taken just before the sample; the medians over samples are reported.
+each with the probe taken just before the sample; the medians over samples are reported. All of a
+round's contenders get the same call, and each starts with caches that hold none of its weights.
 """
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..devices import machine_memory
 from ..errors import KernelError
-from ..native import _C
-from ..testing import DTYPE_OF_FORMAT, Problem, calc_diff, random_ids
+from ..formats import get_format
+from ..packing import packed_bytes
+from ..testing import calc_diff
+from ..weights import FORMAT_OF_DTYPE, PackedExperts
+from .layer import Call, Layer, make_call
 from .limits import Limits
-from .peers import Run, contenders
+from .peers import PEERS, TOLERANCE, Peer, Run
 from .shapes import Shape
 
+MODES = ("exact", "fast")
+ROUTINGS = ("uniform", "zipf")
+_FAST = ("int8", "int4", "mxfp4")  # what the mode "fast" has kernels for
+_IN_PLACE = {name: dtype for dtype, name in FORMAT_OF_DTYPE.items()}
+
 _CHECKED_TOKENS = 4  # compared with float64 before anything is timed
-_SETTLE_SECONDS = 0.02
+_OWN_TOLERANCE = {"exact": 5e-3, "fast": 4e-2}
+_SETTLE_SECONDS = 0.003  # after ours, whose threads sleep at once
+_SHARE_OF_MEMORY = 0.7  # of what is free, for peers' weights
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure one number of tokens."""
+    """How long to measure one number of tokens: seconds for each contender, and samples."""
 
-    seconds: float = 4.0
-    min_samples: int = 5
+    seconds: float = 1.0
+    min_samples: int = 7
     max_samples: int = 60
+
+
+QUICK = Effort(seconds=0.3, min_samples=5, max_samples=15)
 
 
 @dataclass(frozen=True)
@@ -54,163 +70,317 @@ class Result:
     r_cmp: float
     r_roof: float
     samples: int
-    error: float  # relative L2 against float64
-    peers: dict[str, float] = field(default_factory=dict)  # peer's median time / ours
+    error: float  # relative L2 against float64 on the weights as the format keeps them
+    peers: dict[str, float] = field(default_factory=dict)  # peer's median time / ours, same rounds
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
 
 
-def make_weights(shape: Shape, format: str) -> Problem:
-    """Random weights of the whole layer, faulted in; the call's tensors are empty."""
-    dtype = DTYPE_OF_FORMAT[format]
-    rows = 2 * shape.intermediate_size
+@dataclass(frozen=True)
+class Plan:
+    """What to measure of a layer in a format."""
 
-    def normal(*size: int, scale: float) -> Tensor:
-        return torch.empty(size, dtype=dtype).normal_(0, scale)
-
-    return Problem(
-        hidden_states=torch.empty(0, shape.hidden_size, dtype=torch.bfloat16),
-        topk_ids=torch.empty(0, shape.top_k, dtype=torch.int64),
-        topk_weights=torch.empty(0, shape.top_k),
-        gate_up=normal(shape.num_experts, rows, shape.hidden_size, scale=shape.hidden_size**-0.5),
-        down=normal(
-            shape.num_experts,
-            shape.hidden_size,
-            shape.intermediate_size,
-            scale=shape.intermediate_size**-0.5,
-        ),
-        gate_up_bias=torch.randn(shape.num_experts, rows) if shape.bias else None,
-        down_bias=torch.randn(shape.num_experts, shape.hidden_size) if shape.bias else None,
-        activation=shape.activation,
-        interleaved=shape.activation == "swigluoai",
-    )
+    format: str
+    modes: tuple[str, ...] = MODES
+    tokens: tuple[int, ...] = (1, 4, 16, 64, 256, 1024)
+    routings: tuple[str, ...] = ("uniform",)
+    peers: tuple[str, ...] = ()
+    effort: Effort = Effort()
 
 
-def make_call(shape: Shape, num_tokens: int, routing: str) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden_states, topk_ids and topk_weights of a new draw."""
-    ids = random_ids(num_tokens, shape.num_experts, shape.top_k, routing)
-    hidden_states = torch.randn(num_tokens, shape.hidden_size).bfloat16()
-    return hidden_states, ids, torch.rand(num_tokens, shape.top_k).bfloat16()
+@dataclass(frozen=True)
+class Variant:
+    """One of our ways to run the format."""
+
+    mode: str
+    experts: PackedExperts
+    expert_bytes: int
+
+    @property
+    def kernel(self) -> str:
+        return self.experts.kernel_name()
+
+    def run(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        out: Tensor = torch.ops.expertyard.moe_experts(
+            hidden_states, topk_ids, topk_weights, self.experts.handle
+        )
+        return out
 
 
-def check(weights: Problem, run: Run, call: tuple[Tensor, Tensor, Tensor]) -> float:
-    """Relative L2 error of the first tokens of a call against float64."""
-    hidden_states, ids, topk_weights = (t[:_CHECKED_TOKENS] for t in call)
-    small = Problem(
-        **{
-            **vars(weights),
-            "hidden_states": hidden_states,
-            "topk_ids": ids,
-            "topk_weights": topk_weights,
-        }
-    )
-    return calc_diff(run(*call)[:_CHECKED_TOKENS], small.reference())
+@dataclass
+class Samples:
+    """Everything that was measured of one variant for one (routing, number of tokens)."""
+
+    error: float
+    seconds: list[float] = field(default_factory=list)
+    gbps: list[float] = field(default_factory=list)
+    r_mem: list[float] = field(default_factory=list)
+    r_roof: list[float] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)
+    peers: dict[str, float] = field(default_factory=dict)
 
 
 def measure(
-    shape: Shape,
-    *,
-    format: str = "bf16",
-    tokens: tuple[int, ...] = (1, 4, 16, 64, 256, 1024),
-    routing: str = "uniform",
-    peers: tuple[str, ...] = (),
-    effort: Effort | None = None,
+    layer: Layer,
+    plan: Plan,
+    limits: Limits,
     progress: Callable[[str], None] = lambda step: None,
-) -> list[Result]:
-    """Measures every number of tokens of one shape. KernelError if a result is wrong."""
-    effort = effort or Effort()
-    weights = make_weights(shape, format)
-    kernel = _C.kernel_name(format, "bfloat16")
-    threads = min(torch.get_num_threads(), _C.thread_limits()["usable"])
-    limits = Limits(kernel, threads)
-    runs = contenders(shape, weights, peers)
-    results = []
-    for num_tokens in tokens:
-        progress(f"{shape.name} {format} T={num_tokens}")
-        results.append(
-            _measure_tokens(
-                shape, format, kernel, threads, num_tokens, routing, weights, runs, limits, effort
-            )
+) -> tuple[list[Result], dict[str, str]]:
+    """Results, and the peers that were left out, each with the reason.
+
+    KernelError if one of ours is wrong. A peer that fails, or is wrong, is left out.
+    """
+    shape = layer.shape
+    what = f"{shape.name} {plan.format}"
+    progress(f"{what}: packing")
+    variants = own_variants(layer, plan.format, plan.modes)
+    if not variants:
+        return [], {}
+    checks = make_checks(layer, plan)
+    absent: dict[str, str] = {}
+    samples: dict[tuple[str, int, str], Samples] = {}
+    for peers in _groups(layer, plan, absent):
+        runs: dict[str, Run] = {}
+        for peer in peers:
+            progress(f"{what}: making {peer.name}")
+            try:
+                runs[peer.name] = check_peer(layer, peer, plan, checks, limits.num_threads)
+            except Exception as failure:  # someone else's code may raise anything
+                absent[peer.name] = _reason(failure)
+        layer.forget()
+        if peers and not runs and samples:
+            continue
+        for routing in plan.routings:
+            for num_tokens in plan.tokens:
+                step = f"{what} T={num_tokens} {routing}"
+                progress(step + (f" beside {', '.join(runs)}" if runs else ""))
+                for variant in variants:
+                    error = check_own(variant, checks, make_call(shape, num_tokens, routing))
+                    samples.setdefault((routing, num_tokens, variant.kernel), Samples(error))
+                _rounds(layer, plan, variants, runs, limits, num_tokens, routing, samples)
+        runs.clear()  # before the next group asks how much memory is free
+    return [
+        _result(shape, plan.format, variant, limits.num_threads, routing, num_tokens, found)
+        for routing in plan.routings
+        for num_tokens in plan.tokens
+        for variant in variants
+        if (found := samples.get((routing, num_tokens, variant.kernel))) is not None
+    ], absent
+
+
+def own_variants(layer: Layer, format: str, modes: tuple[str, ...] = MODES) -> list[Variant]:
+    """bf16 packed and in place; fp16, fp32 in place; the others packed, in the modes they have."""
+    shape, base = layer.shape, get_format(format).base
+    out = []
+    if base not in ("fp16", "fp32"):
+        has = MODES if base in _FAST else ("exact",)
+        size = sum(packed_bytes(format, shape.hidden_size, shape.intermediate_size))
+        wanted = tuple(mode for mode in has if mode in modes)
+        if wanted:
+            packed = layer.packed(format, wanted)
+            out += [Variant(mode, experts, size) for mode, experts in packed.items()]
+    if base in _IN_PLACE and "exact" in modes:
+        dtype = _IN_PLACE[base]
+        out.append(Variant("exact", layer.in_place(dtype), shape.expert_params * dtype.itemsize))
+    return out
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Tokens that are put into a call, and what should come out for them."""
+
+    tokens: Call
+    own: Tensor  # float64, on the weights as the format keeps them
+    plain: Tensor  # on the weights as they were drawn
+
+    def placed(self, call: Call) -> tuple[Call, Tensor]:
+        """call with these tokens in it, and the rows that they have."""
+        count = call.hidden_states.shape[0]
+        rows = torch.linspace(0, count - 1, min(count, _CHECKED_TOKENS)).long()
+        parts = []
+        for name in ("hidden_states", "topk_ids", "topk_weights"):
+            tensor = getattr(call, name).clone()
+            tensor[rows] = getattr(self.tokens, name)[: len(rows)]
+            parts.append(tensor)
+        return Call(*parts), rows
+
+
+def make_checks(layer: Layer, plan: Plan) -> Checks:
+    tokens = make_call(layer.shape, _CHECKED_TOKENS, plan.routings[0])
+    plain = layer.reference(tokens, layer.template)
+    base = get_format(plan.format).base
+    if base in _IN_PLACE and base != "fp16":
+        return Checks(tokens, plain, plain)
+    return Checks(tokens, layer.reference(tokens, layer.template_in(plan.format)), plain)
+
+
+def _error(run: Run, checks: Checks, call: Call, expected: Tensor) -> float:
+    placed, rows = checks.placed(call)
+    got = run(placed.hidden_states, placed.topk_ids, placed.topk_weights)
+    return calc_diff(got[rows], expected[: len(rows)])
+
+
+def check_own(variant: Variant, checks: Checks, call: Call) -> float:
+    """The relative L2 error of ours. KernelError if that is too much."""
+    error = _error(variant.run, checks, call, checks.own)
+    if not error < _OWN_TOLERANCE[variant.mode]:
+        raise KernelError(
+            f"{variant.kernel} is wrong for {call.topk_ids.shape[0]} tokens: "
+            f"relative error {error:.1e}"
         )
-    return results
+    return error
 
 
-def _settle(limits: Limits) -> None:
-    """Waits until a peer's OpenMP threads, which spin for milliseconds, are asleep.
+def check_peer(layer: Layer, peer: Peer, plan: Plan, checks: Checks, threads: int) -> Run:
+    """The peer, made and checked for every number of tokens. Raises what it raises."""
+    base = peer.beside[get_format(plan.format).base]
+    run = peer.make(layer, base, threads)
+    for num_tokens in plan.tokens:
+        call = make_call(layer.shape, num_tokens, plan.routings[0])
+        error = _error(run, checks, call, checks.plain)
+        if not error < TOLERANCE[base]:
+            raise ValueError(f"its result is wrong for T={num_tokens}: relative error {error:.1e}")
+    return run
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:120]
+
+
+def _groups(layer: Layer, plan: Plan, absent: dict[str, str]) -> Iterator[list[Peer]]:
+    """Peers that fit into memory together, group by group; at least one group, perhaps empty.
+
+    Memory is asked for when a group begins, after the one before is gone.
+    """
+    base = get_format(plan.format).base
+    waiting = []
+    for peer in (PEERS[name] for name in plan.peers):
+        if base not in peer.beside:
+            continue
+        reason = peer.absent()
+        if reason is None and layer.shape.activation not in peer.activations:
+            reason = f"has no {layer.shape.activation}"
+        if reason is None:
+            waiting.append(peer)
+        else:
+            absent[peer.name] = reason
+    yielded = False
+    while waiting:
+        free = machine_memory()["cpu"] * _SHARE_OF_MEMORY
+        group: list[Peer] = []
+        for peer in list(waiting):
+            needed = peer.needs(layer, base)
+            if needed <= free:
+                group.append(peer)
+                free -= needed
+            elif not group:
+                absent[peer.name] = f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+                waiting.remove(peer)
+        waiting = [peer for peer in waiting if peer not in group]
+        if group:
+            yielded = True
+            yield group
+    if not yielded:
+        yield []
+
+
+def _settle(limits: Limits, seconds: float) -> None:
+    """Waits until a peer's threads, which spin for milliseconds, are asleep.
 
     Waits by reading memory: cores that sleep come back slow, and that would be measured too.
     """
-    end = time.perf_counter() + _SETTLE_SECONDS
+    end = time.perf_counter() + seconds
+    limits.evict()
     while time.perf_counter() < end:
         limits.read_gbps()
 
 
-def _measure_tokens(
-    shape: Shape,
-    format: str,
-    kernel: str,
-    threads: int,
-    num_tokens: int,
-    routing: str,
-    weights: Problem,
+def _rounds(
+    layer: Layer,
+    plan: Plan,
+    variants: Sequence[Variant],
     runs: dict[str, Run],
     limits: Limits,
-    effort: Effort,
-) -> Result:
-    call = make_call(shape, num_tokens, routing)
-    errors = {name: check(weights, run, call) for name, run in runs.items()}
-    for name, error in errors.items():
-        if not error < 2e-2:
-            raise KernelError(
-                f"{shape.name} T={num_tokens}: {name} is wrong: relative error {error:.1e}"
-            )
+    num_tokens: int,
+    routing: str,
+    samples: dict[tuple[str, int, str], Samples],
+) -> None:
+    shape, effort = layer.shape, plan.effort
     flops = shape.flops(num_tokens)
-    expert_bytes = shape.expert_params * weights.gate_up.element_size()
-    peaks = [limits.peak_gflops() for _ in range(3)]
+    here = [samples[routing, num_tokens, variant.kernel] for variant in variants]
+    before = [len(s.seconds) for s in here]
+    for variant, s in zip(variants, here, strict=True):
+        s.peaks += [limits.peak_gflops(variant.kernel) for _ in range(3)]
     times: dict[str, list[float]] = {name: [] for name in runs}
-    gbps: list[float] = []
-    r_mem: list[float] = []
-    r_roof: list[float] = []
-    deadline = time.perf_counter() + effort.seconds
-    while len(r_mem) < effort.min_samples or (
-        time.perf_counter() < deadline and len(r_mem) < effort.max_samples
+    settle = _SETTLE_SECONDS
+    rounds = 0
+    deadline = time.perf_counter() + effort.seconds * (len(variants) + len(runs))
+    while rounds < effort.min_samples or (
+        time.perf_counter() < deadline and rounds < effort.max_samples
     ):
+        rounds += 1
         call = make_call(shape, num_tokens, routing)
-        nbytes = int(torch.bincount(call[1].flatten()).count_nonzero()) * expert_bytes
+        args = (call.hidden_states, call.topk_ids, call.topk_weights)
+        chosen = int(torch.bincount(call.topk_ids.flatten()).count_nonzero())
+        for variant, s in zip(variants, here, strict=True):
+            _settle(limits, settle)
+            bandwidth = limits.read_gbps()
+            seconds = _timed(variant.run, args)
+            settle = _SETTLE_SECONDS
+            nbytes = chosen * variant.expert_bytes
+            s.seconds.append(seconds)
+            s.gbps.append(nbytes / seconds / 1e9)
+            s.r_mem.append(s.gbps[-1] / bandwidth)
+            ideal = max(nbytes / bandwidth, flops / statistics.median(s.peaks)) / 1e9
+            s.r_roof.append(ideal / seconds)
         for name, run in runs.items():
-            _settle(limits)
-            bandwidth = limits.read_gbps()  # for all: each starts from the same state of the caches
-            start = time.perf_counter()
-            run(*call)
-            seconds = time.perf_counter() - start
-            times[name].append(seconds)
-            if name == "expertyard":
-                gbps.append(nbytes / seconds / 1e9)
-                r_mem.append(gbps[-1] / bandwidth)
-                ideal = max(nbytes / bandwidth, flops / statistics.median(peaks)) / 1e9
-                r_roof.append(ideal / seconds)
-        _settle(limits)
-        peaks.append(limits.peak_gflops())
-    median = statistics.median(times["expertyard"])
-    gflops = flops / median / 1e9
+            _settle(limits, settle)
+            limits.read_gbps()  # for all: each starts from the same state of the caches
+            times[name].append(_timed(run, args))
+            settle = PEERS[name].settle
+        _settle(limits, settle)
+        settle = _SETTLE_SECONDS
+        for variant, s in zip(variants, here, strict=True):
+            s.peaks.append(limits.peak_gflops(variant.kernel))
+    for s, begin in zip(here, before, strict=True):
+        ours = statistics.median(s.seconds[begin:])
+        s.peers |= {name: statistics.median(t) / ours for name, t in times.items()}
+
+
+def _timed(run: Run, args: tuple[Tensor, Tensor, Tensor]) -> float:
+    start = time.perf_counter()
+    run(*args)
+    return time.perf_counter() - start
+
+
+def _result(
+    shape: Shape,
+    format: str,
+    variant: Variant,
+    threads: int,
+    routing: str,
+    num_tokens: int,
+    found: Samples,
+) -> Result:
+    median = statistics.median(found.seconds)
+    gflops = shape.flops(num_tokens) / median / 1e9
     return Result(
         shape=shape.name,
         format=format,
-        mode="exact",
-        kernel=kernel,
+        mode=variant.mode,
+        kernel=variant.kernel,
         num_tokens=num_tokens,
         routing=routing,
         threads=threads,
         median_ms=median * 1e3,
-        gbps=statistics.median(gbps),
+        gbps=statistics.median(found.gbps),
         gflops=gflops,
-        r_mem=statistics.median(r_mem),
-        r_cmp=gflops / statistics.median(peaks),
-        r_roof=statistics.median(r_roof),
-        samples=len(r_mem),
-        error=errors["expertyard"],
-        peers={
-            name: statistics.median(t) / median for name, t in times.items() if name != "expertyard"
-        },
+        r_mem=statistics.median(found.r_mem),
+        r_cmp=gflops / statistics.median(found.peaks),
+        r_roof=statistics.median(found.r_roof),
+        samples=len(found.seconds),
+        error=found.error,
+        peers=found.peers,
     )

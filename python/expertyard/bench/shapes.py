@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """One MoE layer. note: what differs from the model, e.g. fewer experts, to fit in RAM."""
+    """One MoE layer. note: what differs from the model, e.g. fewer experts, to fit in RAM.
+
+    hidden_size is a multiple of 32 and intermediate_size of 16 (layer.py moves whole blocks).
+    """
 
     name: str
     hidden_size: int
