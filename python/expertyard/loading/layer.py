@@ -7,7 +7,16 @@ from typing import TypeAlias
 
 import torch
 
-__all__ = ["DTYPES", "ExpertsLayout", "LayerSource", "PerExpert", "Rows", "Source", "Whole"]
+__all__ = [
+    "DTYPES",
+    "ExpertsLayout",
+    "LayerSource",
+    "PerExpert",
+    "Rows",
+    "Source",
+    "Stacked",
+    "Whole",
+]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -57,6 +66,13 @@ class PerExpert:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """One tensor [num_experts, out, in] a part, as GGUF has them: gate and up, or down alone."""
+
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Rows:
     """Anything else: row(e) reads and converts what expert e's row of the parameter needs."""
 
@@ -64,7 +80,7 @@ class Rows:
     row: Callable[[int], torch.Tensor]
 
 
-Source: TypeAlias = Whole | PerExpert | Rows
+Source: TypeAlias = Whole | PerExpert | Stacked | Rows
 
 
 @dataclass(frozen=True)
