@@ -6,9 +6,13 @@ the weight that these tensors stand for in float64): the truth comes from here a
 reader. GPTQ and AWQ are written by hand from their public descriptions.
 """
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]).double()
@@ -186,3 +190,78 @@ QUANT_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "mxfp4": {"quant_method": "mxfp4"},
 }
+
+LAYOUTS: dict[str, Any] = {
+    "fp8": fp8_blocks,
+    "fp8-channel": fp8_channel,
+    "gptq": gptq,
+    "awq": awq,
+    "compressed-tensors": compressed,
+    "int8": int8_channel,
+}
+FORMATS = {
+    "fp8": "fp8",
+    "fp8-channel": "fp8-channel",
+    "gptq": "int4",
+    "awq": "int4-g128-asym",
+    "compressed-tensors": "int4-g32",
+    "int8": "int8",
+    "mxfp4": "mxfp4",
+}
+
+
+def requantise(folder: Path, out: Path, layout: str, dense: bool = False) -> Path:
+    """A folder of plain weights, written again in a quantised layout; returns where the same
+    numbers are in float32.
+
+    dense  quantise the linear layers of attention too
+    """
+    out.mkdir()
+    truth_folder = out.with_name(out.name + "-truth")
+    truth_folder.mkdir()
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    stored: dict[str, Tensor] = {}
+    truth: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        expert = ".experts." in key and not key.endswith("bias")
+        attention = dense and ".self_attn." in key and key.endswith("_proj.weight")
+        truth[key] = value.float()
+        if layout == "mxfp4" and expert:
+            parts, exact = gpt_oss(value.transpose(1, 2).float())
+            truth[key] = exact.transpose(1, 2).float()
+            stored |= {key + suffix: part for suffix, part in parts.items()}
+        elif layout != "mxfp4" and (expert or attention):
+            parts, exact = LAYOUTS[layout](value.float())
+            truth[key] = exact.float()
+            stored |= {key.removesuffix("weight") + name: part for name, part in parts.items()}
+        else:
+            stored[key] = value
+    names = sorted(stored)
+    half = len(names) // 2
+    for number, part in enumerate((names[:half], names[half:])):
+        save_file(
+            {name: stored[name].contiguous() for name in part},
+            out / f"model-{number + 1:05d}-of-00002.safetensors",
+            metadata={"format": "pt"},
+        )
+    weight_map = {
+        name: f"model-{1 + (number >= half):05d}-of-00002.safetensors"
+        for number, name in enumerate(names)
+    }
+    index = {"metadata": {}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(
+        {key: value.contiguous() for key, value in truth.items()},
+        truth_folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors" and "index" not in file.name and file.is_file():
+            for to in (out, truth_folder):
+                shutil.copy(file, to)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = QUANT_CONFIGS[layout]
+    (out / "config.json").write_text(json.dumps(config))
+    return truth_folder

@@ -47,12 +47,13 @@ def attach(model: Any, config: ExpertsConfig | None = None) -> Any:
             raise ConfigError(f"attach: expected an ExpertsConfig, got {type(config).__name__}.")
         dtype = next(next(iter(modules.values())).parameters()).dtype
         plan, promises = make_promises(config, model.config.to_dict(), layouts, dtype)
+    how = {} if config is None else {"search": config.search, "mode": config.mode}
     done: list[nn.Module] = []
     try:
         for promised in promises:
             module = modules[promised.name]
             done.append(module)
-            bind(module, promised.device, promised.format).packed()
+            bind(module, promised.device, promised.format, **how).packed()
             _cover(module)
     except BaseException:
         for module in done:

@@ -26,7 +26,7 @@ from ..errors import LoadError
 from ..loading import Checkpoint, ExpertsLayout, LayerSource, PerExpert, Rows, Whole
 from ..loading.layer import Source
 
-__all__ = ["find_sources"]
+__all__ = ["find_sources", "split_keys"]
 
 # checkpoint keys of one parameter: source pattern of the converter (None: plain renaming) -> keys
 _Keys = dict[str | None, list[str]]
@@ -41,6 +41,17 @@ def find_sources(
     layouts  experts module -> its layout
     Raises LoadError, naming file or tensor, if experts are missing or come in an unknown way.
     """
+    return split_keys(model, checkpoint, layouts)[0]
+
+
+def split_keys(
+    model: Any, checkpoint: Checkpoint, layouts: Mapping[str, ExpertsLayout]
+) -> tuple[list[LayerSource], list[str]]:
+    """The sources of every module in `layouts`, and the keys of all other parameters and buffers.
+
+    Keys that the model has no place for, such as those of layers for multi-token prediction, are
+    in neither.
+    """
     mapping = get_model_conversion_mapping(model)
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -51,6 +62,7 @@ def find_sources(
         for parameter in layout.parameter_shapes()
     }
     found: dict[str, _Keys] = defaultdict(lambda: defaultdict(list))
+    dense: list[str] = []
     state_dict = model.state_dict()
     for key in sorted(checkpoint.keys, key=dot_natural_key):
         target, pattern = rename_source_key(
@@ -60,12 +72,14 @@ def find_sources(
             target, pattern = rename_source_key(key, [], [], model.base_model_prefix, state_dict)
         if target in expected:
             found[target][pattern].append(key)
+        elif target in state_dict:
+            dense.append(key)
     parameters: dict[str, dict[str, Source]] = defaultdict(dict)
     for target, (name, parameter) in expected.items():
         parameters[name][parameter] = _source(
             model, checkpoint, target, layouts[name], found.get(target, {}), by_pattern
         )
-    return [LayerSource(name, layouts[name], parameters[name]) for name in layouts]
+    return [LayerSource(name, layouts[name], parameters[name]) for name in layouts], dense
 
 
 def _source(

@@ -64,7 +64,7 @@ def read_expert(checkpoint: Checkpoint, source: LayerSource, expert: int) -> Exp
         got = _shape(matrix)
         if got != expected:
             raise LoadError(
-                f"{source.name}: expected {name} {list(expected)} for expert {expert}, but the "
+                f"{source.name}: expected {name}_proj {list(expected)} for expert {expert}, but the "
                 f"checkpoint's tensors give {list(got)}. The file does not belong to this "
                 "config.json."
             )
