@@ -5,21 +5,20 @@ Plain tensors stay in the mapped files until transformers wants them; quantised 
 in the model's dtype, one after another.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .skeleton import Opened
 
-__all__ = ["dense_state"]
+__all__ = ["dense_state", "dense_tensor"]
+
+
+def dense_tensor(opened: Opened, key: str, dtype: torch.dtype) -> Tensor:
+    """One weight: as the files have it, or in `dtype` if they have it quantised."""
+    tensor = opened.checkpoint.tensor(key)
+    return tensor.to(dtype) if opened.checkpoint.stored(key) is not None else tensor
 
 
 def dense_state(opened: Opened, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors by the names that transformers converts from."""
-    checkpoint = opened.checkpoint
-    state: dict[str, Any] = {}
-    for key, name in opened.dense.items():
-        tensor = checkpoint.tensor(key)
-        state[name] = tensor.to(dtype) if checkpoint.stored(key) is not None else tensor
-    return state
+    """All of them, by the names that transformers converts from."""
+    return {name: dense_tensor(opened, key, dtype) for key, name in opened.dense.items()}
