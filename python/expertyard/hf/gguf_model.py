@@ -42,7 +42,7 @@ def open_gguf(path: Path) -> Opened:
     checkpoint = GgufCheckpoint(gguf_files(path))
     tables = _tables()
     architecture = str(checkpoint.header.metadata.get("general.architecture", ""))
-    config = _config(path, architecture)
+    config = _config(path, checkpoint, architecture)
     model = skeleton(config)
     layouts = {name: recognise(module, name) for name, module in find_experts(model).items()}
     sources = tuple(_source(checkpoint, name, layout) for name, layout in layouts.items())
@@ -69,7 +69,7 @@ def _tables() -> _Tables:
     return _Tables(theirs.get_gguf_hf_weights_map, theirs.TENSOR_PROCESSORS)
 
 
-def _config(path: Path, architecture: str) -> Any:
+def _config(path: Path, checkpoint: GgufCheckpoint, architecture: str) -> Any:
     if (path.parent / "config.json").is_file():
         config = read_config(path.parent)
     else:
@@ -80,6 +80,10 @@ def _config(path: Path, architecture: str) -> Any:
                 f"{path}: transformers makes no model of its metadata (architecture "
                 f"{architecture!r}: {error}). Put the config.json of the original model beside it."
             ) from None
+        # transformers' table leaves out the experts' size and takes a default: the tensors know
+        experts = [checkpoint.shape(key) for key in checkpoint.keys if "ffn_gate_exps.w" in key]
+        if experts and hasattr(config, "moe_intermediate_size"):
+            config.moe_intermediate_size = experts[0][-2]
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
