@@ -151,6 +151,15 @@ def gpt_oss(stacked: Tensor) -> Written:
     return {"_blocks": blocks, "_scales": exponents}, truth
 
 
+def compressed_config(group: int | None) -> dict[str, Any]:
+    weights = {"num_bits": 4, "group_size": group, "strategy": "group"}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+
+
 QUANT_CONFIGS: dict[str, dict[str, Any]] = {
     "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"},
     "fp8-channel": {
@@ -173,16 +182,7 @@ QUANT_CONFIGS: dict[str, dict[str, Any]] = {
         "zero_point": True,
         "version": "gemm",
     },
-    "compressed-tensors": {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {"num_bits": 4, "group_size": 32, "strategy": "group"},
-            }
-        },
-    },
+    "compressed-tensors": compressed_config(32),
     "int8": {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",

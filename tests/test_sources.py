@@ -168,8 +168,8 @@ def test_compressed_tensors_int4(tmp_path, group, symmetric):
     written = writers.compressed(weight(), group, symmetric=symmetric)
     native = f"int4-g{128 if group == 384 else group}" + ("" if symmetric else "-asym")
     native = "int4" if native == "int4-g128" else native
-    settings = writers.QUANT_CONFIGS["compressed-tensors"]
-    assert_exact(tmp_path, written, settings, native)
+    for settings in (writers.compressed_config(group), writers.compressed_config(None), None):
+        assert_exact(tmp_path, written, settings, native)
 
 
 def test_compressed_tensors_int8(tmp_path):
@@ -199,7 +199,7 @@ def test_files_of_the_compressed_tensors_library(tmp_path, symmetric, group):
     tensors = PackedQuantizationCompressor.compress(values, scheme)
     truth = writers.dequantised(codes, scales, zeros)
     got, checkpoint = read(
-        tmp_path, (dict(tensors), truth), writers.QUANT_CONFIGS["compressed-tensors"]
+        tmp_path, (dict(tensors), truth), writers.compressed_config(group)
     )
     assert torch.equal(got, truth)
     assert checkpoint.format("layer.weight").startswith("int4")

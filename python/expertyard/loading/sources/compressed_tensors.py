@@ -33,7 +33,7 @@ def claim(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> dict[str, Stor
             if checkpoint.kind(key) == "U8":
                 found[f"{name}.weight"] = _mxfp4(checkpoint, name)
             else:
-                found[f"{name}.weight"] = _packed(checkpoint, name, _bits(settings))
+                found[f"{name}.weight"] = _packed(checkpoint, name, settings)
         elif checkpoint.kind(key) == "I8" and key.endswith(".weight"):
             found[key] = _int8(checkpoint, key)
     return found | fp8_blocks.claim(checkpoint, _block_settings(settings))
@@ -48,13 +48,13 @@ def _weights(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _bits(settings: Mapping[str, Any]) -> int:
-    found = {each.get("num_bits", 4) for each in _weights(settings)} or {4}
-    if len(found) > 1 or not found <= {4, 8}:
+    found = [each.get("num_bits", 4) for each in _weights(settings)] or [4]
+    if any(bits != found[0] for bits in found) or found[0] not in (4, 8):
         raise LoadError(
             "config.json: quantization_config: expected groups of 4 or of 8 bits, got "
             f"{', '.join(map(repr, found))}."
         )
-    return int(found.pop())
+    return int(found[0])
 
 
 def _block_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,7 +64,27 @@ def _block_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _packed(checkpoint: Checkpoint, name: str, bits: int) -> Stored:
+def _group(
+    checkpoint: Checkpoint, key: str, settings: Mapping[str, Any], groups: int, columns: int
+) -> int:
+    """Columns that share a scale. LoadError if config.json has none that fits the scales."""
+    if groups == 1:
+        return columns
+    claimed = [each.get("group_size") for each in _weights(settings)]
+    claimed = [group for group in claimed if group not in (None, -1)]
+    if not claimed:
+        claimed = [columns // groups if groups and columns % groups == 0 else None]
+    for group in claimed:
+        if isinstance(group, int) and group > 0 and -(-columns // group) == groups:
+            return group
+    raise LoadError(
+        f"{checkpoint.where(key)}: {groups} groups for {columns} columns do not fit group_size "
+        f"{', '.join(map(repr, claimed))} of config.json."
+    )
+
+
+def _packed(checkpoint: Checkpoint, name: str, settings: Mapping[str, Any]) -> Stored:
+    bits = _bits(settings)
     packed, scales, zeros = (
         f"{name}.{part}" for part in ("weight_packed", "weight_scale", "weight_zero_point")
     )
@@ -82,11 +102,7 @@ def _packed(checkpoint: Checkpoint, name: str, bits: int) -> Stored:
     found = (*expect(checkpoint, scales, KINDS), 1)
     expect(checkpoint, scales, KINDS, (rows, found[1]) if len(found) == 3 else (rows,))
     groups = found[1]
-    group = columns if groups == 1 else -(-columns // groups)
-    if -(-columns // max(group, 1)) != groups:
-        raise LoadError(
-            f"{checkpoint.where(scales)}: {groups} groups do not part {columns} columns evenly."
-        )
+    group = _group(checkpoint, scales, settings, groups, columns)
     if asymmetric := checkpoint.has(zeros):
         expect(checkpoint, zeros, ("I32",), (-(-rows * bits // 32), groups))
         parts.append(zeros)

@@ -104,12 +104,13 @@ def _block(
 ) -> tuple[int, int]:
     """Rows and columns that share a scale, told by the scale's shape."""
     rows, columns = shape[-2:]
-    if blocks == shape[:-2] or blocks in ((1,), (1, 1)):
+    size = settings.get("weight_block_size")
+    if size is None and (blocks == shape[:-2] or blocks in ((1,), (1, 1))):
         return 1, columns  # one scale for the whole matrix: the same in every row
     own = blocks[len(shape) - 2 :]
-    if own in ((rows,), (rows, 1)):
+    if size is None and own in ((rows,), (rows, 1)):
         return 1, columns
-    size = settings.get("weight_block_size") or (BLOCK, BLOCK)
+    size = size or (BLOCK, BLOCK)
     try:
         height, width = int(size[0]), int(size[1])
     except (TypeError, ValueError, IndexError):
