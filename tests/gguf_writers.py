@@ -2,8 +2,8 @@
 """Writes tiny GGUF models with the `gguf` package, which is llama.cpp's own writer. Not a test
 itself.
 
-The package quantises the plain types; a K type's blocks are made here, by choosing random codes and
-scales, and its own dequantiser says what they mean.
+The package quantises the plain types. Q4_K is quantised here, by its public description; blocks of
+Q5_K and Q6_K get random codes and scales. The package's own dequantiser says what they all mean.
 """
 
 from pathlib import Path
@@ -15,6 +15,29 @@ from gguf import GGMLQuantizationType as Type
 
 PLAIN = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 K_TYPES = ("Q4_K", "Q5_K", "Q6_K")
+
+
+def q4_k(values: np.ndarray) -> np.ndarray:
+    """Superblocks of 256: fp16 d and dmin, eight 6-bit scales and minima in 12 bytes, nibbles."""
+    groups = values.reshape(*values.shape[:-1], -1, 8, 32)
+    low = np.minimum(groups.min(-1), 0)
+    step = (groups.max(-1) - low) / 15
+    d, dmin = (x.max(-1, keepdims=True).astype(np.float16) for x in (step / 63, -low / 63))
+    wide, wide_min = d.astype(np.float32), dmin.astype(np.float32)
+    scale = np.rint(step / np.where(wide > 0, wide, 1)).clip(0, 63).astype(np.uint8)
+    least = np.rint(-low / np.where(wide_min > 0, wide_min, 1)).clip(0, 63).astype(np.uint8)
+    size = (wide * scale)[..., None]
+    codes = np.rint((groups + (wide_min * least)[..., None]) / np.where(size > 0, size, 1))
+    codes = codes.clip(0, 15).astype(np.uint8)
+    packed = np.zeros((*scale.shape[:-1], 12), dtype=np.uint8)
+    packed[..., :4] = scale[..., :4] | (scale[..., 4:] >> 4 << 6)
+    packed[..., 4:8] = least[..., :4] | (least[..., 4:] >> 4 << 6)
+    packed[..., 8:] = (scale[..., 4:] & 15) | ((least[..., 4:] & 15) << 4)
+    nibbles = (codes[..., 0::2, :] | (codes[..., 1::2, :] << 4)).reshape(*scale.shape[:-1], 128)
+    parts = [d.view(np.uint8), dmin.view(np.uint8), packed, nibbles]
+    return np.concatenate(parts, axis=-1).reshape(*values.shape[:-1], -1)
+
+
 # where a block has fp16 scales, by their byte
 _SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 
@@ -23,7 +46,9 @@ def encode(values: np.ndarray, type_name: str, seed: int = 0) -> tuple[np.ndarra
     """(raw data, the float32 values that it stands for). A K type keeps only the values' size."""
     kind = Type[type_name]
     values = np.ascontiguousarray(values, dtype=np.float32)
-    if type_name in K_TYPES:
+    if type_name == "Q4_K":
+        raw = q4_k(values)
+    elif type_name in K_TYPES:
         weights, width = gguf.GGML_QUANT_SIZES[kind]
         rng = np.random.default_rng(seed)
         shape = (*values.shape[:-1], values.shape[-1] // weights, width)

@@ -143,7 +143,9 @@ def test_a_tensor_in_two_files_is_named(folder):
     (folder / "model.safetensors.index.json").unlink()
     shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "other.safetensors")
     message = refused(folder)
-    assert "other.safetensors" in message and "is in model-00001-of-00002.safetensors too" in message
+    assert (
+        "other.safetensors" in message and "is in model-00001-of-00002.safetensors too" in message
+    )
 
 
 @pytest.mark.parametrize("cut", [1, 1000])

@@ -85,8 +85,8 @@ def open_safetensors(content, quantization):
             checkpoint = Checkpoint([file])
             read_quantised(checkpoint, quantization)
         except ExpertyardError as error:
-            assert "m.safetensors" in str(error) or "config.json" in str(error) or folder in str(
-                error
+            assert (
+                "m.safetensors" in str(error) or "config.json" in str(error) or folder in str(error)
             )
             return
         read_all(checkpoint, len(content))
@@ -115,7 +115,7 @@ def edited(content, edits, cut):
 def edited_header(content, number, name, value):
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
-    entry = sorted(key for key in header if key != "__metadata__")[number % (len(header))- 1]
+    entry = sorted(key for key in header if key != "__metadata__")[number % (len(header)) - 1]
     if name is None:
         header[entry] = value
     else:
@@ -133,7 +133,9 @@ def damaged_bytes(layout, edits, cut, configured):
 
 
 def damaged_headers(layout, number, name, value):
-    open_safetensors(edited_header(good(layout), number, name, value), writers.QUANT_CONFIGS[layout])
+    open_safetensors(
+        edited_header(good(layout), number, name, value), writers.QUANT_CONFIGS[layout]
+    )
 
 
 def damaged_settings(layout, key, value):
@@ -179,11 +181,22 @@ def test_the_good_files_are_good():
 
 
 test_damaged_bytes = QUICK(given(**_bytes)(damaged_bytes))
-test_damaged_headers = QUICK(given(**_headers)(damaged_headers))
-test_damaged_settings = QUICK(given(**_settings)(damaged_settings))
+test_damaged_headers = QUICK(
+    example(layout="fp8", number=1, name="dtype", value=[])(given(**_headers)(damaged_headers))
+)
+test_damaged_settings = QUICK(
+    example(layout="fp8", key="weight_block_size", value={"": None})(
+        example(layout="compressed-tensors", key="weights", value={"num_bits": []})(
+            example(layout="compressed-tensors", key="weights", value={"group_size": []})(
+                given(**_settings)(damaged_settings)
+            )
+        )
+    )
+)
 
 
 @QUICK
+@example(edits=[(0.02, b"\x91")], cut=1.0)  # an offset that is no multiple of the alignment
 @given(**_gguf)
 def test_damaged_gguf(edits, cut):
     open_gguf(edited(good_gguf(), edits, cut))

@@ -41,7 +41,9 @@ def copy(packed, tmp_path):
 def same(folder, other, **options):
     batch = prompts()
     got = logits(ey.from_pretrained(folder, dtype=torch.float32), batch)
-    return torch.equal(got, logits(ey.from_pretrained(other, dtype=torch.float32, **options), batch))
+    return torch.equal(
+        got, logits(ey.from_pretrained(other, dtype=torch.float32, **options), batch)
+    )
 
 
 def test_the_packed_model_is_the_one_that_loading_gives(plain, packed):
@@ -175,7 +177,9 @@ def test_a_flipped_bit_is_found_by_verify(copy, capsys):
     content[-7] ^= 16
     file.write_bytes(content)
     assert main(["pack", "--verify", str(copy)]) == 2
-    assert "experts-00001.safetensors: its content is not what was packed" in capsys.readouterr().err
+    assert (
+        "experts-00001.safetensors: its content is not what was packed" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,7 +202,7 @@ def test_a_config_of_another_model_is_noticed(copy):
     config = json.loads((copy / "config.json").read_text())
     config["moe_intermediate_size"] = 64
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LoadError, match="intermediate_size: config.json says 64"):
+    with pytest.raises(LoadError, match=r"intermediate_size: config\.json says 64"):
         ey.from_pretrained(copy)
 
 
@@ -208,7 +212,9 @@ def test_another_format_is_refused_at_loading(packed):
 
 
 def test_the_command(plain, tmp_path, capsys):
-    assert main(["pack", str(plain), "-o", str(tmp_path / "o"), "--format", "int8", "--verify"]) == 0
+    assert (
+        main(["pack", str(plain), "-o", str(tmp_path / "o"), "--format", "int8", "--verify"]) == 0
+    )
     assert "2 layers of experts in int8" in capsys.readouterr().out
     assert load(tmp_path / "o") is not None
     assert main(["pack", str(plain), "--format", "int8"]) == 2

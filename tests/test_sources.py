@@ -150,7 +150,9 @@ def test_act_order_that_the_config_denies_is_an_error(tmp_path):
     order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(3))
     checkpoint = write(tmp_path, writers.gptq(weight(), order=order)[0])
     read_quantised(checkpoint, writers.QUANT_CONFIGS["gptq"])
-    with pytest.raises(LoadError, match=r"model.safetensors: tensor 'layer.g_idx': is not in order"):
+    with pytest.raises(
+        LoadError, match=r"model.safetensors: tensor 'layer.g_idx': is not in order"
+    ):
         checkpoint.matrix("layer.weight")
 
 
@@ -173,9 +175,7 @@ def test_compressed_tensors_int4(tmp_path, group, symmetric):
 
 
 def test_compressed_tensors_int8(tmp_path):
-    assert_exact(
-        tmp_path, writers.int8_channel(weight()), writers.QUANT_CONFIGS["int8"], "int8"
-    )
+    assert_exact(tmp_path, writers.int8_channel(weight()), writers.QUANT_CONFIGS["int8"], "int8")
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -198,9 +198,7 @@ def test_files_of_the_compressed_tensors_library(tmp_path, symmetric, group):
         values["weight_zero_point"] = zero
     tensors = PackedQuantizationCompressor.compress(values, scheme)
     truth = writers.dequantised(codes, scales, zeros)
-    got, checkpoint = read(
-        tmp_path, (dict(tensors), truth), writers.compressed_config(group)
-    )
+    got, checkpoint = read(tmp_path, (dict(tensors), truth), writers.compressed_config(group))
     assert torch.equal(got, truth)
     assert checkpoint.format("layer.weight").startswith("int4")
 

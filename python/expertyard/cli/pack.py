@@ -31,7 +31,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("path", metavar="PATH", help="a folder of safetensors files, quantised or not; a .gguf file")
+    add(
+        "path", metavar="PATH", help="a folder of safetensors files, quantised or not; a .gguf file"
+    )
     add("-o", "--out", metavar="OUT", help="the folder to write")
     add(
         "--format",

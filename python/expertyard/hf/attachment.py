@@ -47,7 +47,7 @@ def attach(model: Any, config: ExpertsConfig | None = None) -> Any:
             raise ConfigError(f"attach: expected an ExpertsConfig, got {type(config).__name__}.")
         dtype = next(next(iter(modules.values())).parameters()).dtype
         plan, promises = make_promises(config, model.config.to_dict(), layouts, dtype)
-    how = {} if config is None else {"search": config.search, "mode": config.mode}
+    how: dict[str, Any] = {} if config is None else {"search": config.search, "mode": config.mode}
     done: list[nn.Module] = []
     try:
         for promised in promises:

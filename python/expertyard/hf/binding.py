@@ -68,9 +68,7 @@ class Binding:
 
     def for_module(self, module: nn.Module | None) -> "Binding":
         """The same wishes for another module, such as a copy of this one."""
-        return Binding(
-            module, self.layout, self.device, self.format, self.search, self.mode
-        )
+        return Binding(module, self.layout, self.device, self.format, self.search, self.mode)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
         return self.for_module(None)  # the copied module has parameters of its own

@@ -38,7 +38,7 @@ class _Tables:
 
 
 def open_gguf(path: Path) -> Opened:
-    """Raises LoadError for files that are damaged, and for models that transformers does not know."""
+    """LoadError for files that are damaged, and for models that transformers does not know."""
     checkpoint = GgufCheckpoint(gguf_files(path))
     tables = _tables()
     architecture = str(checkpoint.header.metadata.get("general.architecture", ""))
@@ -52,7 +52,14 @@ def open_gguf(path: Path) -> Opened:
     processor = processor(config=config.to_dict()) if processor is not None else None
     dense = _dense(checkpoint, model, tables, processor, path)
     return Opened(
-        config, "gguf", _Processed(checkpoint, processor), sources, layouts, dense, path.parent, None
+        config,
+        "gguf",
+        _Processed(checkpoint, processor),
+        sources,
+        layouts,
+        dense,
+        path.parent,
+        None,
     )
 
 
@@ -62,7 +69,7 @@ def _tables() -> _Tables:
     except ImportError:
         raise LoadError(
             "Reading a GGUF file as a model needs the gguf package, for the names of its tensors: "
-            "pip install gguf"
+            "pip install 'expertyard[gguf]'"
         ) from None
     from transformers import modeling_gguf_pytorch_utils as theirs
 
@@ -98,8 +105,8 @@ def _source(checkpoint: GgufCheckpoint, name: str, layout: ExpertsLayout) -> Lay
         joined = f"{block}.ffn_gate_up_exps.{kind}"
         if checkpoint.has(joined):
             raise LoadError(
-                f"{checkpoint.where(joined)}: gate and up are one tensor, which Expertyard does not "
-                "read yet. Convert the model with separate ffn_gate_exps and ffn_up_exps."
+                f"{checkpoint.where(joined)}: gate and up are one tensor, which is not "
+                "read. Convert the model with separate ffn_gate_exps and ffn_up_exps."
             )
         parameters[f"gate_up_proj{suffix}"] = Stacked(tuple(keys))
         parameters[f"down_proj{suffix}"] = Stacked((f"{block}.ffn_down_exps.{kind}",))
@@ -108,8 +115,8 @@ def _source(checkpoint: GgufCheckpoint, name: str, layout: ExpertsLayout) -> Lay
         for key in where.keys:
             if not checkpoint.has(key):
                 raise LoadError(
-                    f"{checkpoint.files[0]}: tensor {key!r} is missing, but by its config the model "
-                    f"has experts there ({name}). The file does not belong to this model."
+                    f"{checkpoint.files[0]}: tensor {key!r} is missing, but by its config the "
+                    f"model has experts there ({name}). The file does not belong to this model."
                 )
     return LayerSource(name, layout, parameters)
 
@@ -124,16 +131,12 @@ def _dense(
         names = tables.weights_map(model, processor or TensorProcessor())
     except (NotImplementedError, ValueError, KeyError) as error:
         raise LoadError(f"{path}: transformers has no names for its tensors: {error}") from None
-    dense = {
-        key: names[key] for key in checkpoint.keys if key in names and not _EXPERTS.match(key)
-    }
+    dense = {key: names[key] for key in checkpoint.keys if key in names and not _EXPERTS.match(key)}
     state = model.state_dict()
     have = set(dense.values())
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     missing = [
-        name
-        for name in state
-        if name not in have and ".experts." not in name and name not in tied
+        name for name in state if name not in have and ".experts." not in name and name not in tied
     ]
     if missing:
         raise LoadError(

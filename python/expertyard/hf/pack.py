@@ -128,7 +128,9 @@ def _fingerprint(opened: Opened) -> str:
     return hashlib.sha256("\n".join([*sorted(facts), config]).encode()).hexdigest()
 
 
-def _begun(out: Path, job: Mapping[str, Any]) -> tuple[dict[str, PackedLayer], dict[str, PackedFile]]:
+def _begun(
+    out: Path, job: Mapping[str, Any]
+) -> tuple[dict[str, PackedLayer], dict[str, PackedFile]]:
     """What an earlier call has finished and the disk still has, byte for byte."""
     if not (out / PARTIAL).is_file():
         if any(out.iterdir()):

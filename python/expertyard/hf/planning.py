@@ -71,9 +71,7 @@ def make_promises(
 
 def runnable_formats() -> tuple[str, ...]:
     """Names of every format, with its variants, that experts can have."""
-    return tuple(
-        name for base in format_names() for name in (base, *variant_names(base))
-    )
+    return tuple(name for base in format_names() for name in (base, *variant_names(base)))
 
 
 def _bytes(format: str) -> int:

@@ -175,9 +175,7 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
 register_quantization_config(QUANT_METHOD)(ExpertsConfig)
 
 
-def _native(
-    checkpoint: Checkpoint, sources: Sequence[LayerSource], keep: bool
-) -> dict[str, str]:
+def _native(checkpoint: Checkpoint, sources: Sequence[LayerSource], keep: bool) -> dict[str, str]:
     """The format that each layer's experts have in the files, if any of them are quantised.
 
     keep  whether they will keep it; then what is lost all the same is said

@@ -84,6 +84,10 @@ def native_format(checkpoint: Checkpoint, source: LayerSource) -> tuple[str, str
     losses = {stored.loss for key in keys if (stored := checkpoint.stored(key)) and stored.loss}
     if len(formats) == 1:
         return next(iter(formats)), "; ".join(sorted(losses))
+    kinds = [get_format(name) for name in formats]
+    if {kind.base for kind in kinds} == {"int4"} and len({k.group_size for k in kinds}) == 1:
+        with_zeros = next(kind.name for kind in kinds if kind.asymmetric)
+        return with_zeros, "; ".join(sorted(losses))  # the others get zeros of 8
     plain = [name for name in ("fp32", "bf16", "fp16") if name in formats]
     if plain:
         return plain[0], ""
@@ -252,9 +256,9 @@ def _plain(
                 column[number] = getattr(expert, name)
     else:
         _fill(checkpoint, source, dtype, device, wanted, columns)
-    biases = {name: columns[name] for name in columns if name.endswith("_bias")}
-    if not layout.has_bias:
-        biases = {}
+    biases: dict[str, Any] = {}
+    if layout.has_bias:
+        biases = {name: columns[name] for name in columns if name.endswith("_bias")}
     return PackedExperts.from_experts(
         columns["gate"], columns["up"], columns["down"], **biases, **_activation(source)
     )
@@ -287,9 +291,7 @@ def _fill(
     for_each(range(len(wanted)), fill, num_threads(source))
 
 
-def _in_place(
-    checkpoint: Checkpoint, source: LayerSource, dtype: torch.dtype, number: int
-) -> bool:
+def _in_place(checkpoint: Checkpoint, source: LayerSource, dtype: torch.dtype, number: int) -> bool:
     """Whether a kernel can read all of the layer's matrices where they lie in the files."""
     layout = source.layout
     for name in ("gate_up_proj", "down_proj"):

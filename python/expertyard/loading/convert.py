@@ -43,8 +43,12 @@ def in_format(
                 f"scales: expected {scale_dtype} as in the layer's first expert, got "
                 f"{matrix.scales.dtype}"
             )
-        zeros = None if matrix.zeros is None else matrix.zeros.float()
-        return QuantizedMatrix(format, matrix.codes, matrix.scales.float(), zeros)
+        own = None if matrix.zeros is None else matrix.zeros.float()
+        return QuantizedMatrix(format, matrix.codes, matrix.scales.float(), own)
+    if isinstance(matrix, QuantizedMatrix) and _only_lacks_zeros(matrix.format, format):
+        zeros = torch.full_like(matrix.scales, 8)
+        same = QuantizedMatrix(format, matrix.codes, matrix.scales, zeros)
+        return in_format(same, format, search, scale_dtype)
     rows, columns = matrix.shape if isinstance(matrix, Tensor) else matrix.codes.shape
     step = SCRATCH // (4 * _COPIES * max(columns, 1)) // _BLOCK * _BLOCK
     options: dict[str, Any] = {"search": search, "scale_dtype": scale_dtype}
@@ -54,13 +58,19 @@ def in_format(
     ]
     if len(runs) == 1:
         return runs[0]
-    zeros = [run.zeros for run in runs if run.zeros is not None]
+    parts = [run.zeros for run in runs if run.zeros is not None]
     return QuantizedMatrix(
         format,
         torch.cat([run.codes for run in runs]),
         torch.cat([run.scales for run in runs]),
-        torch.cat(zeros) if zeros else None,
+        torch.cat(parts) if parts else None,
     )
+
+
+def _only_lacks_zeros(have: Format, want: Format) -> bool:
+    """Whether `want` is the asymmetric variant of `have`: the same codes around a zero of 8."""
+    same = (have.base, have.group_size) == (want.base, want.group_size) and have.base == "int4"
+    return same and want.asymmetric and not have.asymmetric
 
 
 def _numbers(matrix: Matrix, begin: int, end: int) -> Tensor:

@@ -11,7 +11,7 @@ from ..errors import KernelError, LoadError
 from ..quantize import QuantizedMatrix
 from ..reference import split_gate_up
 from .checkpoint import Checkpoint, Matrix
-from .layer import LayerSource, PerExpert, Rows, Source, Stacked, Whole
+from .layer import LayerSource, PerExpert, Source, Stacked, Whole
 
 __all__ = ["Expert", "keys_of", "read_expert", "row_of"]
 
@@ -64,8 +64,8 @@ def read_expert(checkpoint: Checkpoint, source: LayerSource, expert: int) -> Exp
         got = _shape(matrix)
         if got != expected:
             raise LoadError(
-                f"{source.name}: expected {name}_proj {list(expected)} for expert {expert}, but the "
-                f"checkpoint's tensors give {list(got)}. The file does not belong to this "
+                f"{source.name}: expected {name}_proj {list(expected)} for expert {expert}, but "
+                f"the checkpoint's tensors give {list(got)}. The file does not belong to this "
                 "config.json."
             )
     if not layout.has_bias:

@@ -55,9 +55,7 @@ class GgufCheckpoint(Checkpoint):
             headers.append(header)
             if twice := header.tensors.keys() & self._gguf.keys():
                 name = min(twice)
-                raise LoadError(
-                    f"{path}: tensor {name!r} is in {self._gguf[name].file.name} too."
-                )
+                raise LoadError(f"{path}: tensor {name!r} is in {self._gguf[name].file.name} too.")
             self._gguf |= header.tensors
         if not headers or not self._gguf:
             raise LoadError(f"{', '.join(map(str, files)) or 'no file'}: has no tensors.")

@@ -104,7 +104,9 @@ class _Parser:
         if length > 65535 and what != "a value":
             self.fail(f"{what} of {length} bytes")
         try:
-            return self.data[begin : self.at].decode("utf-8", "strict" if what != "a value" else "replace")
+            return self.data[begin : self.at].decode(
+                "utf-8", "strict" if what != "a value" else "replace"
+            )
         except UnicodeDecodeError:
             self.fail(f"{what} is no UTF-8 text")
 
@@ -152,13 +154,15 @@ class _Parser:
             metadata[key] = self.value(self.number("<I"))
         infos = [self._info() for _ in range(tensors)]
         alignment = metadata.get(_ALIGNMENT, 32)
-        if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
-            self.fail(f"{_ALIGNMENT} is {alignment!r}")
+        if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 20 or alignment % 8:
+            self.fail(f"{_ALIGNMENT} is {alignment!r}, no multiple of 8")
         data = -(-self.at // alignment) * alignment
         found: dict[str, GgufTensor] = {}
         for name, shape, kind, offset in infos:
             if name in found:
                 self.fail(f"tensor {name!r} is there twice")
+            if offset % alignment:
+                self.fail(f"tensor {name!r}: begins at {offset}, no multiple of {alignment}")
             found[name] = self._tensor(name, shape, kind, data, offset)
         self._check_overlaps(found)
         return GgufHeader(version, metadata, found)
@@ -178,15 +182,17 @@ class _Parser:
             raise LoadError(f"{self.path}: tensor {name!r}: unknown ggml type {kind}.")
         type_name, weights, width = GGML_BLOCKS[kind]
         if shape[-1] % weights:
-            self.fail(f"tensor {name!r}: {type_name} rows of {shape[-1]} are no multiple of {weights}")
+            self.fail(
+                f"tensor {name!r}: {type_name} rows of {shape[-1]} are no multiple of {weights}"
+            )
         elements = 1
         for size in shape:
             elements *= size
         nbytes = elements // weights * width
         if data + offset + nbytes > self.size:
             self.fail(
-                f"tensor {name!r}: {type_name} {list(shape)} ends at byte {data + offset + nbytes}, "
-                f"but the file has {self.size}"
+                f"tensor {name!r}: {type_name} {list(shape)} ends at byte "
+                f"{data + offset + nbytes}, but the file has {self.size}"
             )
         return GgufTensor(name, self.path, type_name, shape, data + offset, nbytes)
 

@@ -109,7 +109,9 @@ def file_hash(path: Path, advance: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
-def read_manifest(path: Path) -> tuple[dict[str, PackedLayer], dict[str, PackedFile], dict[str, Any]]:
+def read_manifest(
+    path: Path,
+) -> tuple[dict[str, PackedLayer], dict[str, PackedFile], dict[str, Any]]:
     """Layers by module, files by name, and the rest. LoadError if it is not such a file."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -268,4 +270,3 @@ class PackedFolder:
                     f"{self.folder / name}: its content is not what was packed (SHA-256 differs). "
                     "The disk or a copy damaged it; pack or copy the model again."
                 )
-

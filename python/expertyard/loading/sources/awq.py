@@ -79,4 +79,5 @@ def _stored(checkpoint: Checkpoint, name: str, settings: Mapping[str, Any]) -> S
 
 
 def _ordered(codes: torch.Tensor) -> torch.Tensor:
-    return codes.unflatten(-1, (-1, 8))[..., list(_PLACE)].flatten(-2)
+    ordered: torch.Tensor = codes.unflatten(-1, (-1, 8))[..., list(_PLACE)].flatten(-2)
+    return ordered

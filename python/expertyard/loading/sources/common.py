@@ -87,4 +87,3 @@ def spread(scales: Tensor, group: int, native: int, columns: int) -> Tensor:
 def group_format(bits: int, native: int, asymmetric: bool) -> str:
     """Canonical name of the integer format."""
     return get_format(f"int{bits}-g{native}" + ("-asym" if asymmetric else "")).name
-

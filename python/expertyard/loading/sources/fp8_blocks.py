@@ -32,9 +32,7 @@ def claim(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> dict[str, Stor
     found: dict[str, Stored] = {}
     for key in checkpoint.keys:
         if checkpoint.kind(key) == "F8_E5M2":
-            raise LoadError(
-                f"{checkpoint.where(key)}: is float8 e5m2; only e4m3 weights are read."
-            )
+            raise LoadError(f"{checkpoint.where(key)}: is float8 e5m2; only e4m3 weights are read.")
         if checkpoint.kind(key) == "F8_E4M3":
             found[key] = _stored(checkpoint, key, _scale_of(checkpoint, key), settings)
     return found
@@ -54,9 +52,7 @@ def _scale_of(checkpoint: Checkpoint, key: str) -> str:
     )
 
 
-def _stored(
-    checkpoint: Checkpoint, key: str, scale: str, settings: Mapping[str, Any]
-) -> Stored:
+def _stored(checkpoint: Checkpoint, key: str, scale: str, settings: Mapping[str, Any]) -> Stored:
     shape = checkpoint.shape(key)
     if len(shape) not in (2, 3) or 0 in shape:
         raise LoadError(
@@ -113,7 +109,7 @@ def _block(
     size = size or (BLOCK, BLOCK)
     try:
         height, width = int(size[0]), int(size[1])
-    except (TypeError, ValueError, IndexError):
+    except (TypeError, ValueError, LookupError, OverflowError):
         height = width = 0
     if height < 1 or width < 1:
         raise LoadError(

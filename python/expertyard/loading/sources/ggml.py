@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ggml's blocks as quantised matrices. Input: the blocks of a matrix as uint8 [rows, blocks, bytes].
+"""ggml's blocks as quantised matrices. Input: a matrix' blocks as uint8 [rows, blocks, bytes].
 
 Q8_0, Q5_0 -> int8-g32, Q4_0 -> int4-g32, MXFP4 -> mxfp4: exact. Q4_1, Q4_K -> int4-g32-asym: the
 codes are the file's; scale and zero (= minimum / scale) are rounded to fp16. Q5_1, Q5_K and Q6_K
@@ -110,7 +110,8 @@ def q5_k(blocks: Tensor) -> Tensor:
     fifth = torch.stack([(high >> bit) & 1 for bit in range(8)], dim=-2).flatten(-2)
     codes = (_q4_codes(blocks[..., 48:]) | (fifth << 4)).flatten(-2).unflatten(-1, (-1, 32))
     scale, minimum = _k_scales(blocks)
-    return (scale[..., None] * codes - minimum[..., None]).flatten(-2)
+    weights: Tensor = (scale[..., None] * codes - minimum[..., None]).flatten(-2)
+    return weights
 
 
 def q6_k(blocks: Tensor) -> Tensor:
@@ -121,7 +122,8 @@ def q6_k(blocks: Tensor) -> Tensor:
     ]
     codes = torch.stack(quarters, dim=-2).flatten(-3).float() - 32
     steps = blocks[..., 192:208].view(torch.int8).float() * _half(blocks, 208).float()[..., None]
-    return (codes.unflatten(-1, (16, 16)) * steps[..., None]).flatten(-3)
+    weights: Tensor = (codes.unflatten(-1, (16, 16)) * steps[..., None]).flatten(-3)
+    return weights
 
 
 def _asymmetric(codes: Tensor, scale: Tensor, minimum: Tensor) -> QuantizedMatrix:

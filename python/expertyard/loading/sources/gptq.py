@@ -112,9 +112,7 @@ def _two(checkpoint: Checkpoint, key: str, shape: tuple[int, ...]) -> tuple[int,
     return shape[0], shape[1]
 
 
-def group_size(
-    checkpoint: Checkpoint, key: str, groups: int, columns: int, claimed: Any
-) -> int:
+def group_size(checkpoint: Checkpoint, key: str, groups: int, columns: int, claimed: Any) -> int:
     """Columns that share a scale. LoadError if the file and config.json do not agree."""
     group = columns if claimed in (-1, None) and groups == 1 else claimed
     if group is None:
@@ -125,4 +123,3 @@ def group_size(
             f"group_size {claimed!r} of config.json."
         )
     return group
-

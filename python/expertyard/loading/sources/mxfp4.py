@@ -56,9 +56,7 @@ def nibbles(octets: torch.Tensor) -> torch.Tensor:
     return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(-2)
 
 
-def checked_exponents(
-    checkpoint: Checkpoint, key: str, exponents: torch.Tensor
-) -> torch.Tensor:
+def checked_exponents(checkpoint: Checkpoint, key: str, exponents: torch.Tensor) -> torch.Tensor:
     """e8m0 bytes; LoadError for 255, which stands for NaN."""
     if bool((exponents == 255).any()):
         raise LoadError(f"{checkpoint.where(key)}: holds NaN scales. The file is corrupt.")
