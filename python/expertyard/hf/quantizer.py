@@ -30,6 +30,7 @@ from ..plan import Plan
 from .config import QUANT_METHOD, ExpertsConfig
 from .layers import find_experts, recognise
 from .module import ExpertyardExperts
+from .outside import replacement
 from .place import place_dense
 from .planning import make_promises
 from .reading import Reading, current_reading
@@ -98,8 +99,8 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
             read.packed.check_formats({p.name: p.format for p in promises})
         for name, module in modules.items():
             parent, _, leaf = name.rpartition(".")
-            replacement = ExpertyardExperts(layouts[name], module.config)
-            model.get_submodule(parent)._modules[leaf] = replacement
+            instead = replacement(module, layouts[name], getattr(module, "config", model.config))
+            model.get_submodule(parent)._modules[leaf] = instead
         _ignore_unexpected(model, list(modules))
         self._reading = read
         self._promises, self._plan = promises, plan

@@ -107,7 +107,7 @@ def _source(
     stacked = {1: [("MergeModulelist", 0)], 2: [("MergeModulelist", 0), ("Concatenate", 1)]}
     if recipe == stacked.get(parts):
         columns = [
-            _per_expert(checkpoint, target, layout.num_experts, keys.get(source), source)
+            _per_expert(checkpoint, target, layout, keys.get(source), source)
             for source in converter.source_patterns
         ]
         return PerExpert(tuple(columns))
@@ -122,11 +122,16 @@ def _only(target: str, keys: list[str]) -> str:
 
 
 def _per_expert(
-    checkpoint: Checkpoint, target: str, num_experts: int, keys: list[str] | None, pattern: str
+    checkpoint: Checkpoint,
+    target: str,
+    layout: ExpertsLayout,
+    keys: list[str] | None,
+    pattern: str,
 ) -> tuple[str, ...]:
     """One key an expert, in the order of experts; LoadError names the first one missing."""
     if not keys:
         raise LoadError(f"No tensor of the checkpoint matches {pattern!r}, a part of {target!r}.")
+    num_experts = layout.num_experts
     by_number = {_expert_number(key): key for key in keys}
     missing = [number for number in range(num_experts) if number not in by_number]
     if missing:
@@ -135,7 +140,8 @@ def _per_expert(
             f"{like!r} is missing: the checkpoint has {len(by_number)} of {num_experts} experts "
             f"for {target!r}, the first of them in {checkpoint.file(keys[0])}."
         )
-    if len(by_number) > num_experts or len(keys) > num_experts:
+    most = num_experts + layout.spare
+    if len(by_number) > most or len(keys) > most:
         raise LoadError(
             f"{target!r} has {num_experts} experts, but the checkpoint has {len(keys)} tensors "
             f"for them, the last one {keys[-1]!r}. The file does not belong to this config.json."
@@ -176,9 +182,7 @@ def _rows(
     columns: dict[str, tuple[str, ...]] = {}
     for pattern in converter.source_patterns:
         if merges:
-            columns[pattern] = _per_expert(
-                checkpoint, target, layout.num_experts, keys.get(pattern), pattern
-            )
+            columns[pattern] = _per_expert(checkpoint, target, layout, keys.get(pattern), pattern)
         elif keys.get(pattern):
             columns[pattern] = (_only(target, keys[pattern]),)
 

@@ -27,6 +27,7 @@ class ExpertsLayout:
 
     gate_up_proj [E, 2I, H] and down_proj [E, H, I]; transposed: [E, H, 2I] and [E, I, H].
     interleaved: the rows of gate_up_proj are gate0, up0, gate1, up1 ... (else gates, then ups).
+    spare: rows of gate_up_proj behind the experts' that nobody computes with (LongCat-Flash).
     """
 
     num_experts: int
@@ -38,6 +39,7 @@ class ExpertsLayout:
     interleaved: bool = False
     transposed: bool = False
     has_bias: bool = False
+    spare: int = 0
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter of the experts module, by name."""

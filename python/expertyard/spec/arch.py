@@ -18,7 +18,12 @@ from expertyard.spec.model import ExpertShape
 
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
-EXPERT_SIZE = ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size")
+EXPERT_SIZE = (
+    "moe_intermediate_size",
+    "expert_intermediate_size",
+    "expert_ffn_hidden_size",
+    "intermediate_size",
+)
 MAX_LAYERS = 10_000  # far above any model; a larger number is a broken file
 MAX_SIZE = 1 << 40
 
