@@ -24,6 +24,7 @@ _EXPORTS: dict[str, str] = {
     "ExpertsConfig": "hf",
     "attach": "hf",
     "detach": "hf",
+    "from_pretrained": "hf",
     "verify": "hf",
 }
 

@@ -251,6 +251,11 @@ class PackedExperts:
         )  # fmt: skip
 
     @property
+    def scale_type(self) -> str:
+        """Of packed weights, as in Blobs; "none" for weights in place."""
+        return str(self._native.get("scale_type", "none"))
+
+    @property
     def nbytes(self) -> int:
         matrices = self._matrices if self.layout == "rows" else self._matrices[1:]
         tensors = [t for group in (*matrices, *self._biases) for t in group if t is not None]

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from expertyard import __version__
-from expertyard.cli import bench, doctor, plan, run
+from expertyard.cli import bench, doctor, pack, plan, run
 from expertyard.errors import ExpertyardError
 
 __all__ = ["build_parser", "main"]
@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   expertyard run                                     the model that comes with Expertyard
   expertyard run ./Qwen3-30B-A3B --prompt "Dear all," --memory machine
   expertyard plan Mixtral-8x7B --memory cuda:0=24GiB,cpu=64GiB
+  expertyard pack ./Qwen3-30B-A3B -o ./packed --format int4
   expertyard doctor
   expertyard bench --quick
 each command has its own --help
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"expertyard {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (run, plan, doctor, bench):
+    for command in (run, plan, pack, doctor, bench):
         command.add_parser(subparsers)
     return parser
 

@@ -16,6 +16,7 @@ except ImportError as error:  # pragma: no cover
 from ..registration import register
 from .attachment import attach, detach
 from .config import ExpertsConfig
+from .load import from_pretrained
 from .module import ExpertyardExperts
 from .quantizer import ExpertyardHfQuantizer
 from .verification import LayerReport, VerifyReport, verify
@@ -28,6 +29,7 @@ __all__ = [
     "VerifyReport",
     "attach",
     "detach",
+    "from_pretrained",
     "verify",
 ]
 

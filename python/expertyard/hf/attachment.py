@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, KernelError
 from .binding import bind, lay_out_as_declared, unbind
 from .config import ExpertsConfig
 from .interface import experts_forward
 from .layers import find_experts, layer_number, recognise
+from .outside import is_outside
 from .planning import make_promises
 from .state import Promise, Promised, forget, promise_of, remember
 
@@ -35,6 +36,11 @@ def attach(model: Any, config: ExpertsConfig | None = None) -> Any:
             "This model already runs on Expertyard. Call expertyard.detach(model) first."
         )
     modules = find_experts(model)
+    if outside := [name for name, module in modules.items() if is_outside(module)]:
+        raise KernelError(
+            f"{outside[0]} ({type(modules[outside[0]]).__name__}) does not use transformers' experts "
+            "interface, so it cannot be attached. Load the model with expertyard.from_pretrained()."
+        )
     layouts = {name: recognise(module, name) for name, module in modules.items()}
     plan = None
     if config is None:
@@ -47,12 +53,13 @@ def attach(model: Any, config: ExpertsConfig | None = None) -> Any:
             raise ConfigError(f"attach: expected an ExpertsConfig, got {type(config).__name__}.")
         dtype = next(next(iter(modules.values())).parameters()).dtype
         plan, promises = make_promises(config, model.config.to_dict(), layouts, dtype)
+    how: dict[str, Any] = {} if config is None else {"search": config.search, "mode": config.mode}
     done: list[nn.Module] = []
     try:
         for promised in promises:
             module = modules[promised.name]
             done.append(module)
-            bind(module, promised.device, promised.format).packed()
+            bind(module, promised.device, promised.format, **how).packed()
             _cover(module)
     except BaseException:
         for module in done:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import KernelError
-from ..loading import DTYPES, ExpertsLayout
+from ..formats import get_format
+from ..loading import DTYPES, ExpertsLayout, LayerSource, Whole, assemble
+from ..loading.in_memory import InMemory
 from ..weights import PackedExperts
 from .layers import recognise
 
@@ -38,6 +40,7 @@ class Binding:
     """The packed experts of one module, made when first asked for and whenever parameters change.
 
     device, format  where and how a plan wants them; None means: as the parameters are.
+    search, mode    how they are quantised and computed, if the format is a quantised one
     """
 
     def __init__(
@@ -46,10 +49,13 @@ class Binding:
         layout: ExpertsLayout,
         device: str | None = None,
         format: str | None = None,
+        search: bool = False,
+        mode: str = "exact",
     ) -> None:
         self.layout = layout
         self.device = device
         self.format = format
+        self.search, self.mode = search, mode
         self.key = next(_keys)
         if module is not None:
             _modules[self.key] = module
@@ -62,13 +68,13 @@ class Binding:
 
     def for_module(self, module: nn.Module | None) -> "Binding":
         """The same wishes for another module, such as a copy of this one."""
-        return Binding(module, self.layout, self.device, self.format)
+        return Binding(module, self.layout, self.device, self.format, self.search, self.mode)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
         return self.for_module(None)  # the copied module has parameters of its own
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Binding, (None, self.layout, self.device, self.format)
+        return Binding, (None, self.layout, self.device, self.format, self.search, self.mode)
 
     def packed(self) -> PackedExperts:
         """The packed experts of the parameters as they are now."""
@@ -88,6 +94,8 @@ class Binding:
         return self._packed
 
     def _pack(self, module: nn.Module) -> PackedExperts:
+        if self.format is not None and get_format(self.format).base not in DTYPES:
+            return self._quantise(module, self.format)
         layout = self.layout
         gate_up, down = _parameter(module, "gate_up_proj"), _parameter(module, "down_proj")
         if layout.transposed:
@@ -109,6 +117,19 @@ class Binding:
             limit=layout.limit,
         )
 
+    def _quantise(self, module: nn.Module, format: str) -> PackedExperts:
+        names = list(self.layout.parameter_shapes())
+        parameters = {name: _parameter(module, name) for name in names}
+        owner = type(module).__name__
+        return assemble(
+            InMemory(parameters, owner),
+            LayerSource(owner, self.layout, {name: Whole(name) for name in names}),
+            format=format,
+            device=self.device or str(parameters[names[0]].device),
+            search=self.search,
+            mode=self.mode,
+        )
+
 
 def _state(parameter: Tensor) -> tuple[Any, ...]:
     # The version counts in-place writes: biases and converted weights are copies.
@@ -127,12 +148,20 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
     return parameter
 
 
-def bind(module: nn.Module, device: str | None = None, format: str | None = None) -> Binding:
+def bind(
+    module: nn.Module,
+    device: str | None = None,
+    format: str | None = None,
+    *,
+    search: bool = False,
+    mode: str = "exact",
+) -> Binding:
     """A new binding for the module, which keeps it; replaces an older one.
 
     Raises KernelError if the module's experts cannot be recognised.
     """
-    return _keep(module, Binding(module, recognise(module, "experts"), device, format))
+    layout = recognise(module, "experts")
+    return _keep(module, Binding(module, layout, device, format, search, mode))
 
 
 def binding_of(module: nn.Module) -> Binding | None:

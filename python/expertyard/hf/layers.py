@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import KernelError
 from ..loading import ExpertsLayout
 from ..reference import apply_activation
+from .outside import is_outside, outside_layout
 
 __all__ = ["find_experts", "is_experts", "layer_number", "recognise"]
 
@@ -35,7 +36,11 @@ def is_experts(module: nn.Module) -> bool:
 
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:
     """Every experts module by name; KernelError if some experts are none that we can recognise."""
-    found = {name: module for name, module in model.named_modules() if is_experts(module)}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if is_experts(module) or is_outside(module)
+    }
     strange = [name for name in _stacked_experts(model) if name not in found]
     if strange or not found:
         what = f"{type(model).__name__}: "
@@ -77,6 +82,8 @@ def recognise(module: nn.Module, name: str) -> ExpertsLayout:
     Raises KernelError, saying what is different, if our kernels do not compute what it computes.
     """
     who = f"{name} ({type(module).__name__})"
+    if is_outside(module):
+        return outside_layout(module, who)
     for mark, expected, what in (
         ("has_gate", True, "has no gate projection"),
         ("has_post_expert_norm", False, "normalises each expert's output before it is weighted"),

@@ -2,6 +2,7 @@
 """Makes the plan for a model at hand and says where each of its experts modules goes."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from ..devices import machine_memory, unusable_devices
 from ..dispatch import check_devices, place_experts
 from ..errors import LoadError
+from ..formats import format_names, get_format, variant_names
 from ..loading import DTYPES, ExpertsLayout
 from ..plan import Plan, make_plan
 from ..spec import ModelSpec
@@ -31,15 +33,20 @@ def make_promises(
     layouts: Mapping[str, ExpertsLayout],
     dtype: torch.dtype,
     folder: Path | None = None,
+    native: Mapping[str, str] | None = None,
 ) -> tuple[Plan, tuple[Promised, ...]]:
     """The plan, and for every experts module its device and format.
 
     model_config  what config.json holds
+    native        the format that each module's experts have in a quantised checkpoint; they keep it
+                  unless the user names one. The plan counts the widest for all of them.
     folder        the checkpoint's, whose headers give exact bytes; already checked by the caller
     Raises PlanError, RuleError, SpecError or DeviceError if the request cannot be obeyed here.
     """
     spec = _spec(model_config, folder)
-    request, memory = config.for_dtype(format_of(dtype)), machine_memory()
+    own = native if native and "format" not in config.given else {}
+    widest = max(own.values(), key=_bytes, default=None)
+    request, memory = config.for_dtype(format_of(dtype), widest), machine_memory()
     # First as if every device that the request names were here, so that a missing one is told apart
     # from one that is too small.
     plan = make_plan(spec, request, None).check()
@@ -47,16 +54,46 @@ def make_promises(
     if request.memory is None:
         plan = make_plan(spec, request, memory).check()
     numbers = {name: layer_number(name) for name in layouts}
-    placements = place_experts(plan, numbers, DTYPES)
+    placements = place_experts(plan, numbers, runnable_formats())
+    formats = {
+        name: own[name]
+        if name in own and placement.format == widest
+        else get_format(placement.format).name
+        for name, placement in placements.items()
+    }
+    plan = _with_formats(plan, {numbers[name]: formats[name] for name in layouts})
     promises = tuple(
-        Promised(name, numbers[name], layout, placements[name].device, placements[name].format)
+        Promised(name, numbers[name], layout, placements[name].device, formats[name])
         for name, layout in layouts.items()
     )
     return plan, promises
 
 
+def runnable_formats() -> tuple[str, ...]:
+    """Names of every format, with its variants, that experts can have."""
+    return tuple(name for base in format_names() for name in (base, *variant_names(base)))
+
+
+def _bytes(format: str) -> int:
+    return get_format(format).matrix_bytes(1024, 1024)
+
+
+def _with_formats(plan: Plan, formats: Mapping[int, str]) -> Plan:
+    """The plan as it will be obeyed: layers of a mixed checkpoint keep formats of their own."""
+    layers = tuple(
+        replace(
+            layer,
+            experts=tuple(replace(group, format=formats[layer.layer]) for group in layer.experts),
+        )
+        if layer.experts is not None and layer.layer in formats
+        else layer
+        for layer in plan.layers
+    )
+    return replace(plan, layers=layers)
+
+
 def _spec(model_config: Mapping[str, Any], folder: Path | None) -> ModelSpec:
-    if folder is not None:
+    if folder is not None:  # exact bytes, where names and layouts are those that specs know
         try:
             return ModelSpec.from_folder(folder)
         except LoadError:  # tensors whose names only transformers' tables know: sizes by the config

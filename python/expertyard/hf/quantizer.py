@@ -8,6 +8,8 @@ come from the same files by our own loader, to where the plan says.
 """
 
 import re
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,17 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from ..errors import ConfigError, LoadError
-from ..loading import Checkpoint, LayerSource, assemble, check, tracked
+from ..loading import Checkpoint, LayerSource, assemble, check, layer_bytes, metered, native_format
+from ..loading.expert import keys_of
+from ..loading.packed_folder import PackedFolder, is_packed
 from ..plan import Plan
 from .config import QUANT_METHOD, ExpertsConfig
 from .layers import find_experts, recognise
 from .module import ExpertyardExperts
+from .outside import replacement
 from .place import place_dense
 from .planning import make_promises
+from .reading import Reading, current_reading
 from .sources import find_sources
 from .state import Promise, Promised, remember
 
@@ -42,8 +48,7 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: ExpertsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._checkpoint: Checkpoint | None = None
-        self._sources: list[LayerSource] = []
+        self._reading: Reading | None = None
         self._promises: tuple[Promised, ...] = ()
         self._plan: Plan | None = None
 
@@ -67,46 +72,94 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        if not checkpoint_files:
-            raise LoadError(
-                "ExpertsConfig reads experts from safetensors files, but there are none: the model "
-                "is made from a state_dict. Use expertyard.attach(model) on it instead."
-            )
-        checkpoint = Checkpoint(checkpoint_files)
+        read = current_reading()
+        if read is None:
+            read = self._from_files(model, checkpoint_files)
         modules = find_experts(model)
         layouts = {name: recognise(module, name) for name, module in modules.items()}
-        sources = find_sources(model, checkpoint, layouts)
-        for source in sources:
-            check(checkpoint, source)
+        if read.packed is not None:
+            read.packed.check(layouts)
+            native = read.packed.formats(layouts)
+        else:
+            assert read.checkpoint is not None
+            for source in read.sources:
+                check(read.checkpoint, source)
+            native = _native(
+                read.checkpoint, read.sources, "format" not in self.quantization_config.given
+            )
         plan, promises = make_promises(
             self.quantization_config,
             {**model.config.to_dict(), "quantization_config": None},
             layouts,
             dtype or torch.get_default_dtype(),
-            folder=Path(checkpoint_files[0]).parent,
+            folder=read.folder,
+            native=native,
         )
+        if read.packed is not None:
+            read.packed.check_formats({p.name: p.format for p in promises})
         for name, module in modules.items():
             parent, _, leaf = name.rpartition(".")
-            replacement = ExpertyardExperts(layouts[name], module.config)
-            model.get_submodule(parent)._modules[leaf] = replacement
+            instead = replacement(module, layouts[name], getattr(module, "config", model.config))
+            model.get_submodule(parent)._modules[leaf] = instead
         _ignore_unexpected(model, list(modules))
-        self._checkpoint, self._sources = checkpoint, sources
+        self._reading = read
         self._promises, self._plan = promises, plan
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        assert self._checkpoint is not None and self._plan is not None
-        work = list(zip(self._sources, self._promises, strict=True))
-        for source, promised in tracked(work, "Packing experts"):
-            assert promised.device is not None and promised.format is not None
-            experts = model.get_submodule(source.name)
-            assert isinstance(experts, ExpertyardExperts)
-            experts.packed = assemble(
-                self._checkpoint, source, format=promised.format, device=promised.device
+    def _from_files(self, model: Any, files: list[str] | None) -> Reading:
+        if not files:
+            raise LoadError(
+                "ExpertsConfig reads experts from safetensors files, but there are none: the model "
+                "is made from a state_dict. Use expertyard.attach(model) on it instead."
             )
-        place_dense(model, self._plan, self._promises)
-        remember(model, Promise("load", self._plan, self._promises))
-        self._checkpoint, self._sources = None, []  # what is mapped is kept by the packed experts
+        folder = Path(files[0]).parent
+        if is_packed(folder):
+            return Reading(packed=PackedFolder(folder))
+        checkpoint = Checkpoint(files)
+        modules = find_experts(model)
+        layouts = {name: recognise(module, name) for name, module in modules.items()}
+        sources = find_sources(model, checkpoint, layouts)
+        return Reading(checkpoint, tuple(sources), folder=folder)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        read, plan = self._reading, self._plan
+        assert read is not None and plan is not None
+        if read.packed is not None:
+            for promised in self._promises:
+                self._experts(model, promised.name).packed = read.packed.experts(
+                    promised.name, promised.layout, str(promised.device), mode=self._mode
+                )
+        else:
+            self._pack(model, read)
+        place_dense(model, plan, self._promises)
+        remember(model, Promise("load", plan, self._promises))
+        self._reading = None  # what is mapped is kept by the packed experts
         return model
+
+    @property
+    def _mode(self) -> str:
+        return str(self.quantization_config.mode)
+
+    def _experts(self, model: nn.Module, name: str) -> ExpertyardExperts:
+        experts = model.get_submodule(name)
+        assert isinstance(experts, ExpertyardExperts)
+        return experts
+
+    def _pack(self, model: nn.Module, read: Reading) -> None:
+        checkpoint = read.checkpoint
+        assert checkpoint is not None
+        total = sum(layer_bytes(checkpoint, source) for source in read.sources)
+        with metered(total, "Packing experts") as meter:
+            for source, promised in zip(read.sources, self._promises, strict=True):
+                assert promised.device is not None and promised.format is not None
+                self._experts(model, source.name).packed = assemble(
+                    checkpoint,
+                    source,
+                    format=promised.format,
+                    device=promised.device,
+                    search=self.quantization_config.search,
+                    mode=self._mode,
+                    advance=meter.advance,
+                )
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return False  # the checkpoint that was loaded still is the model's; nothing to save
@@ -121,6 +174,20 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 register_quantization_config(QUANT_METHOD)(ExpertsConfig)
+
+
+def _native(checkpoint: Checkpoint, sources: Sequence[LayerSource], keep: bool) -> dict[str, str]:
+    """The format that each layer's experts have in the files, if any of them are quantised.
+
+    keep  whether they will keep it; then what is lost all the same is said
+    """
+    if not any(checkpoint.stored(key) for source in sources for key in keys_of(source)):
+        return {}
+    found = {source.name: native_format(checkpoint, source) for source in sources}
+    losses = sorted({loss for _, loss in found.values() if loss})
+    if keep and losses:
+        warnings.warn(f"Not all experts are kept as they are: {'; '.join(losses)}.", stacklevel=2)
+    return {name: format for name, (format, _) in found.items()}
 
 
 def _ignore_unexpected(model: Any, names: list[str]) -> None:
@@ -144,9 +211,9 @@ def _say_what_to_do(merge: Any) -> Any:
             if method != QUANT_METHOD:
                 raise ConfigError(
                     f"This checkpoint is quantised already ({getattr(method, 'value', method)}: see"
-                    " quantization_config in its config.json), and ExpertsConfig does not read "
-                    "quantised checkpoints yet. Load its bfloat16 version, or load it without "
-                    "ExpertsConfig."
+                    " quantization_config in its config.json), and transformers' from_pretrained "
+                    "takes one quantisation only. Load it with "
+                    "expertyard.from_pretrained(path, quantization_config=ExpertsConfig(...))."
                 )
         return merge(quantization_config, from_args)
 

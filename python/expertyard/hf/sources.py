@@ -26,7 +26,7 @@ from ..errors import LoadError
 from ..loading import Checkpoint, ExpertsLayout, LayerSource, PerExpert, Rows, Whole
 from ..loading.layer import Source
 
-__all__ = ["find_sources"]
+__all__ = ["find_sources", "split_keys"]
 
 # checkpoint keys of one parameter: source pattern of the converter (None: plain renaming) -> keys
 _Keys = dict[str | None, list[str]]
@@ -41,6 +41,17 @@ def find_sources(
     layouts  experts module -> its layout
     Raises LoadError, naming file or tensor, if experts are missing or come in an unknown way.
     """
+    return split_keys(model, checkpoint, layouts)[0]
+
+
+def split_keys(
+    model: Any, checkpoint: Checkpoint, layouts: Mapping[str, ExpertsLayout]
+) -> tuple[list[LayerSource], list[str]]:
+    """The sources of every module in `layouts`, and the keys of all other parameters and buffers.
+
+    Keys that the model has no place for, such as those of layers for multi-token prediction, are
+    in neither.
+    """
     mapping = get_model_conversion_mapping(model)
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -51,6 +62,7 @@ def find_sources(
         for parameter in layout.parameter_shapes()
     }
     found: dict[str, _Keys] = defaultdict(lambda: defaultdict(list))
+    dense: list[str] = []
     state_dict = model.state_dict()
     for key in sorted(checkpoint.keys, key=dot_natural_key):
         target, pattern = rename_source_key(
@@ -60,12 +72,14 @@ def find_sources(
             target, pattern = rename_source_key(key, [], [], model.base_model_prefix, state_dict)
         if target in expected:
             found[target][pattern].append(key)
+        elif target in state_dict:
+            dense.append(key)
     parameters: dict[str, dict[str, Source]] = defaultdict(dict)
     for target, (name, parameter) in expected.items():
         parameters[name][parameter] = _source(
             model, checkpoint, target, layouts[name], found.get(target, {}), by_pattern
         )
-    return [LayerSource(name, layouts[name], parameters[name]) for name in layouts]
+    return [LayerSource(name, layouts[name], parameters[name]) for name in layouts], dense
 
 
 def _source(
@@ -93,7 +107,7 @@ def _source(
     stacked = {1: [("MergeModulelist", 0)], 2: [("MergeModulelist", 0), ("Concatenate", 1)]}
     if recipe == stacked.get(parts):
         columns = [
-            _per_expert(checkpoint, target, layout.num_experts, keys.get(source), source)
+            _per_expert(checkpoint, target, layout, keys.get(source), source)
             for source in converter.source_patterns
         ]
         return PerExpert(tuple(columns))
@@ -108,11 +122,16 @@ def _only(target: str, keys: list[str]) -> str:
 
 
 def _per_expert(
-    checkpoint: Checkpoint, target: str, num_experts: int, keys: list[str] | None, pattern: str
+    checkpoint: Checkpoint,
+    target: str,
+    layout: ExpertsLayout,
+    keys: list[str] | None,
+    pattern: str,
 ) -> tuple[str, ...]:
     """One key an expert, in the order of experts; LoadError names the first one missing."""
     if not keys:
         raise LoadError(f"No tensor of the checkpoint matches {pattern!r}, a part of {target!r}.")
+    num_experts = layout.num_experts
     by_number = {_expert_number(key): key for key in keys}
     missing = [number for number in range(num_experts) if number not in by_number]
     if missing:
@@ -121,7 +140,8 @@ def _per_expert(
             f"{like!r} is missing: the checkpoint has {len(by_number)} of {num_experts} experts "
             f"for {target!r}, the first of them in {checkpoint.file(keys[0])}."
         )
-    if len(by_number) > num_experts or len(keys) > num_experts:
+    most = num_experts + layout.spare
+    if len(by_number) > most or len(keys) > most:
         raise LoadError(
             f"{target!r} has {num_experts} experts, but the checkpoint has {len(keys)} tensors "
             f"for them, the last one {keys[-1]!r}. The file does not belong to this config.json."
@@ -162,9 +182,7 @@ def _rows(
     columns: dict[str, tuple[str, ...]] = {}
     for pattern in converter.source_patterns:
         if merges:
-            columns[pattern] = _per_expert(
-                checkpoint, target, layout.num_experts, keys.get(pattern), pattern
-            )
+            columns[pattern] = _per_expert(checkpoint, target, layout, keys.get(pattern), pattern)
         elif keys.get(pattern):
             columns[pattern] = (_only(target, keys[pattern]),)
 

@@ -7,7 +7,16 @@ from typing import TypeAlias
 
 import torch
 
-__all__ = ["DTYPES", "ExpertsLayout", "LayerSource", "PerExpert", "Rows", "Source", "Whole"]
+__all__ = [
+    "DTYPES",
+    "ExpertsLayout",
+    "LayerSource",
+    "PerExpert",
+    "Rows",
+    "Source",
+    "Stacked",
+    "Whole",
+]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -18,6 +27,7 @@ class ExpertsLayout:
 
     gate_up_proj [E, 2I, H] and down_proj [E, H, I]; transposed: [E, H, 2I] and [E, I, H].
     interleaved: the rows of gate_up_proj are gate0, up0, gate1, up1 ... (else gates, then ups).
+    spare: rows of gate_up_proj behind the experts' that nobody computes with (LongCat-Flash).
     """
 
     num_experts: int
@@ -29,6 +39,7 @@ class ExpertsLayout:
     interleaved: bool = False
     transposed: bool = False
     has_bias: bool = False
+    spare: int = 0
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter of the experts module, by name."""
@@ -57,6 +68,13 @@ class PerExpert:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """One tensor [num_experts, out, in] a part, as GGUF has them: gate and up, or down alone."""
+
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Rows:
     """Anything else: row(e) reads and converts what expert e's row of the parameter needs."""
 
@@ -64,7 +82,7 @@ class Rows:
     row: Callable[[int], torch.Tensor]
 
 
-Source: TypeAlias = Whole | PerExpert | Rows
+Source: TypeAlias = Whole | PerExpert | Stacked | Rows
 
 
 @dataclass(frozen=True)

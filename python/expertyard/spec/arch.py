@@ -33,6 +33,7 @@ EXPERT_SIZE = (
     "moe_ffn_hidden_size",
     "moe_intermediate_size",
     "expert_intermediate_size",
+    "expert_ffn_hidden_size",
     "intermediate_size",
 )
 MAX_LAYERS = 10_000  # far above any model; a larger number is a broken file

@@ -81,7 +81,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int, available: int) -> Ten
     if not isinstance(entry, dict):
         raise wrong("the header's entry is no JSON object.")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise wrong(f"unknown dtype {dtype!r}.")
     if not _whole_numbers(shape):
         raise wrong(f"shape: expected a list of whole numbers, got {shape!r}.")

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packs a whole checkpoint once, so that it loads without any work ever after.
+
+Layer by layer straight into the mapped files of the result: no layer is ever in memory beside them.
+Each finished file is noted with its hash in expertyard.partial.json; packing again goes on behind
+the last one that still has its content. expertyard.json, which makes the folder one that loads, is
+written at the very end.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, LoadError
+from ..formats import get_format
+from ..loading import DTYPES, LayerSource, assemble, layer_bytes, native_format
+from ..loading.convert import common_scales
+from ..loading.expert import read_expert
+from ..loading.packed_folder import (
+    MANIFEST,
+    PackedFile,
+    PackedFolder,
+    PackedLayer,
+    file_hash,
+    is_packed,
+    read_manifest,
+    write_manifest,
+)
+from ..loading.progress import Meter, metered
+from ..loading.writer import new_file
+from ..packing import packed_bytes
+from .config import PACKED, QUANT_METHOD
+from .dense import dense_tensor
+from .load import find_model, open_model
+from .skeleton import Opened, model_dtype
+
+__all__ = ["pack"]
+
+PARTIAL = "expertyard.partial.json"
+_SHARD = 4 << 30  # bytes of dense weights a file
+_INDEX = "model.safetensors.index.json"
+
+
+def pack(
+    path: str | Path, out: str | Path, format: str | None = None, *, search: bool = False
+) -> PackedFolder:
+    """Writes `path` to the folder `out` with its experts packed in `format`.
+
+    format  None: the format that the experts of a quantised checkpoint have
+    search  look for the scales with the least squared error
+    Raises LoadError, ConfigError or KernelError. Interrupted, it goes on when called again.
+    """
+    source, out = find_model(path), Path(out)
+    if source.is_dir() and is_packed(source):
+        raise ConfigError(f"{source}: is packed already.")
+    if out.exists() and (not out.is_dir() or out.resolve() == source.resolve()):
+        raise ConfigError(f"{out}: expected a folder, new or begun by an earlier call.")
+    opened = open_model(source)
+    formats = _formats(opened, format)
+    job = {
+        "source": _fingerprint(opened),
+        "formats": formats,
+        "search": search,
+        "dtype": str(model_dtype(opened.config)).removeprefix("torch."),
+    }
+    if is_packed(out):
+        done = PackedFolder(out)
+        if done.rest.get("job") != job:
+            raise ConfigError(f"{out}: holds another packed model. Choose an empty folder.")
+        return done
+    out.mkdir(parents=True, exist_ok=True)
+    layers, files = _begun(out, job)
+    total = sum(layer_bytes(opened.checkpoint, layer) for layer in opened.sources)
+    with metered(total, "Packing experts") as meter:
+        for number, layer in enumerate(opened.sources):
+            name = f"experts-{number:05d}.safetensors"
+            if name in files and layer.name in layers:
+                meter.advance(layer_bytes(opened.checkpoint, layer))
+                continue
+            layers[layer.name] = _pack_layer(
+                opened, layer, formats[layer.name], search, out / name, meter
+            )
+            files[name] = _noted(out / name)
+            write_manifest(out / PARTIAL, layers, files, {"job": job})
+    weight_map: dict[str, str] = {}
+    for name, keys in _shards(opened, model_dtype(opened.config)):
+        weight_map |= {opened.dense[key]: name for key in keys}
+        if name not in files:
+            _write_dense(opened, keys, out / name)
+            files[name] = _noted(out / name)
+            write_manifest(out / PARTIAL, layers, files, {"job": job})
+    index = {"metadata": {}, "weight_map": weight_map}
+    (out / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    _copy_small_files(opened, out)
+    _write_config(opened, formats, out)
+    write_manifest(out / MANIFEST, layers, files, {"job": job})
+    (out / PARTIAL).unlink()
+    return PackedFolder(out)
+
+
+def _formats(opened: Opened, format: str | None) -> dict[str, str]:
+    """The format of each layer of experts; ConfigError if it is none that can be packed."""
+    found: dict[str, str] = {}
+    for source in opened.sources:
+        name = get_format(format or native_format(opened.checkpoint, source)[0]).name
+        if get_format(name).base in DTYPES:
+            raise ConfigError(
+                f"format: expected int8, int4, fp8 or mxfp4, got {name!r}"
+                + ("." if format else f", which {source.name} has: say which format to pack.")
+                + " Plain weights in safetensors files are used in place already."
+            )
+        found[source.name] = name
+    return found
+
+
+def _fingerprint(opened: Opened) -> str:
+    """Changes when the source does: names, sizes and times of its files."""
+    facts = []
+    for file in opened.checkpoint.files:
+        stat = file.stat()
+        facts.append(f"{file.name} {stat.st_size} {stat.st_mtime_ns}")
+    config = opened.config.to_json_string()
+    return hashlib.sha256("\n".join([*sorted(facts), config]).encode()).hexdigest()
+
+
+def _begun(
+    out: Path, job: Mapping[str, Any]
+) -> tuple[dict[str, PackedLayer], dict[str, PackedFile]]:
+    """What an earlier call has finished and the disk still has, byte for byte."""
+    if not (out / PARTIAL).is_file():
+        if any(out.iterdir()):
+            raise ConfigError(f"{out}: is not empty. Choose a new or an empty folder.")
+        return {}, {}
+    layers, files, rest = read_manifest(out / PARTIAL)
+    if rest.get("job") != json.loads(json.dumps(job)):
+        raise ConfigError(
+            f"{out}: holds a half-packed model, of another source or in another format. Empty the "
+            "folder, or choose another."
+        )
+    whole = {
+        name: file
+        for name, file in files.items()
+        if (out / name).is_file()
+        and (out / name).stat().st_size == file.bytes
+        and file_hash(out / name) == file.sha256
+    }
+    return {name: layer for name, layer in layers.items() if layer.file in whole}, whole
+
+
+def _noted(path: Path) -> PackedFile:
+    return PackedFile(path.stat().st_size, file_hash(path))
+
+
+def _pack_layer(
+    opened: Opened, source: LayerSource, format: str, search: bool, path: Path, meter: Meter
+) -> PackedLayer:
+    layout, target = source.layout, get_format(format)
+    first = read_expert(opened.checkpoint, source, 0)
+    scales = common_scales((first.gate, first.up, first.down), target)
+    each = sum(packed_bytes(format, layout.hidden_size, layout.intermediate_size, scales))
+    experts, inner, outer = layout.num_experts, layout.intermediate_size, layout.hidden_size
+    tensors: dict[str, Any] = {f"{source.name}.blobs": (torch.uint8, (experts, each))}
+    if layout.has_bias:
+        for bias, size in (("gate_bias", inner), ("up_bias", inner), ("down_bias", outer)):
+            tensors[f"{source.name}.{bias}"] = (torch.float32, (experts, size))
+    with new_file(path, tensors) as parts:
+        packed = assemble(
+            opened.checkpoint,
+            source,
+            format=format,
+            device="cpu",
+            search=search,
+            arena=parts[f"{source.name}.blobs"].view(-1),
+            advance=meter.advance,
+        )
+        if layout.has_bias:
+            for number in range(experts):
+                expert = read_expert(opened.checkpoint, source, number)
+                for bias in ("gate_bias", "up_bias", "down_bias"):
+                    parts[f"{source.name}.{bias}"][number].copy_(getattr(expert, bias))
+        return PackedLayer.of(path.name, packed, layout.has_bias)
+
+
+def _shards(opened: Opened, dtype: torch.dtype) -> Iterator[tuple[str, list[str]]]:
+    """Files of dense weights: name and keys, in an order that is always the same."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for key in opened.dense:
+        nbytes = torch.Size(opened.checkpoint.shape(key)).numel() * dtype.itemsize
+        if size and size + nbytes > _SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(key)
+        size += nbytes
+    for number, keys in enumerate(shards):
+        yield f"dense-{number + 1:05d}-of-{len(shards):05d}.safetensors", keys
+
+
+def _write_dense(opened: Opened, keys: list[str], path: Path) -> None:
+    dtype = model_dtype(opened.config)
+    meta = {}
+    for key in keys:
+        tensor = None if opened.checkpoint.stored(key) else opened.checkpoint.tensor(key)
+        own = dtype if tensor is None else tensor.dtype
+        meta[opened.dense[key]] = (own, tuple(opened.checkpoint.shape(key)))
+    with new_file(path, meta) as parts:
+        for key in keys:
+            target = parts[opened.dense[key]]
+            target.copy_(dense_tensor(opened, key, dtype).reshape(target.shape))
+
+
+def _copy_small_files(opened: Opened, out: Path) -> None:
+    """Tokenizer, chat template, generation settings: whatever lies beside the weights."""
+    for file in sorted(opened.folder.iterdir()):
+        small = file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken")
+        if small and not file.name.endswith(".index.json") and file.name not in ("config.json",):
+            shutil.copyfile(file, out / file.name)
+
+
+def _write_config(opened: Opened, formats: Mapping[str, str], out: Path) -> None:
+    config = json.loads(opened.config.to_json_string(use_diff=True))
+    config["quantization_config"] = {"quant_method": QUANT_METHOD, PACKED: True}
+    config.setdefault("architectures", opened.config.architectures)
+    if not opened.config.architectures:
+        raise LoadError("config.json: names no architectures; a packed model needs them.")
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family of transformers' experts interface: logits of a checkpoint that we load agree with
+those of transformers' own loading, or the family is refused with a sentence.
+
+Minutes long, so it runs with `-m slow`; test_hf_roads runs some of them with every change.
+"""
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import expertyard as ey
+from expertyard.errors import KernelError
+from hf_families import load, logits
+
+pytestmark = pytest.mark.slow
+
+# what a config shrinks to, where it has such an attribute
+SMALL = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "vocab_size": 97, "moe_intermediate_size": 40, "intermediate_size": 40,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "q_lora_rank": 24,
+    "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "max_position_embeddings": 64, "n_shared_experts": 1, "shared_expert_intermediate_size": 32,
+    "shared_intermediate_size": 32, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
+    "mlp_only_layers": [],
+}  # fmt: skip
+OWN = {
+    "llama4_text": {"intermediate_size_mlp": 48, "num_experts_per_tok": 2},
+    "longcat_flash": {
+        "expert_ffn_hidden_size": 40, "ffn_hidden_size": 48, "zero_expert_num": 2, "num_layers": 1,
+        "moe_topk": 3,
+    },
+}  # fmt: skip
+COMPUTED = (
+    "afmoe", "axk1", "axk2", "bailing_hybrid", "cohere2_moe", "deepseek_v2", "deepseek_v3",
+    "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "glm4_moe",
+    "glm4_moe_lite", "glm_moe_dsa", "granitemoe", "granitemoe_swa", "granitemoehybrid",
+    "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "jamba", "kimi_linear", "kolibri1", "laguna",
+    "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe",
+    "qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "solar_open", "aria_text", "gpt_oss",
+    "llama4_text", "longcat_flash",
+)  # fmt: skip
+REFUSED = ("nemotron_h", "deepseek_v4", "jetmoe", "hy_v4")
+
+
+def tiny(family):
+    try:
+        base = AutoConfig.for_model(family)
+    except ValueError:
+        pytest.skip(f"this transformers has no {family}")
+    sizes = {key: value for key, value in SMALL.items() if hasattr(base, key)}
+    if hasattr(base, "qk_rope_head_dim"):  # latent attention: one rotary part for all heads
+        sizes |= {"head_dim": 8, "num_key_value_heads": 4}
+    return AutoConfig.for_model(family, **{**sizes, **OWN.get(family, {})})
+
+
+def randomise(model):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not tensor.is_floating_point() or "inv_freq" in name:
+                continue
+            noise = torch.randn(tensor.shape, generator=generator)
+            if "norm" in name:
+                continue
+            # large enough for experts to matter, small enough for odd layers (A_log, dt) to live
+            tensor.copy_((noise * (0.5 * max(tensor.shape[-1:] or [1]) ** -0.5)).bfloat16())
+    return model.eval()
+
+
+def batch():
+    ids = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(1))
+    # no cache: two layers of a hybrid may have no attention among them
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+
+
+@pytest.mark.parametrize("family", COMPUTED)
+def test_logits_agree_with_transformers_own_loading(family, tmp_path):
+    model = randomise(AutoModelForCausalLM.from_config(tiny(family), dtype=torch.float32))
+    model.save_pretrained(tmp_path)
+    theirs = load(tmp_path, experts_implementation="eager")
+    ours = load(tmp_path, quantization_config=ey.ExpertsConfig())
+    assert ey.verify(ours).layers
+    expected = logits(theirs, batch())
+    assert expected.isfinite().all()
+    torch.testing.assert_close(logits(ours, batch()), expected, rtol=1e-4, atol=1e-4)
+    packed = ey.from_pretrained(tmp_path, dtype=torch.float32, format="int8")
+    error = (logits(packed, batch()) - expected).square().mean().sqrt() / expected.std()
+    assert error < 0.15
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_other_arithmetic_is_refused_with_a_sentence(family, tmp_path):
+    config = tiny(family)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    from expertyard.hf.layers import find_experts, recognise
+
+    with pytest.raises(KernelError) as caught:
+        for name, module in find_experts(model).items():
+            recognise(module, name)
+    assert str(caught.value).endswith(".")

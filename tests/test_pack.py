@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`expertyard pack`: the same model, loaded by mapping files; interrupted, resumed, checked."""
+
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import expertyard as ey
+from expertyard.cli import main
+from expertyard.errors import ConfigError, LoadError, PlanError
+from expertyard.hf import pack as packing
+from expertyard.hf.pack import pack
+from expertyard.loading.packed_folder import MANIFEST
+from hf_families import load, logits, prompts, save, tiny_model
+from test_from_pretrained import SIZES, quantised
+from test_hf_memory import file_ranges
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    model = tiny_model("qwen3_moe", torch.bfloat16, mlp_only_layers=[], **SIZES)
+    return save(model, tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def packed(plain, tmp_path_factory):
+    return pack(plain, tmp_path_factory.mktemp("packed"), "int4-g32").folder
+
+
+@pytest.fixture
+def copy(packed, tmp_path):
+    return shutil.copytree(packed, tmp_path / "copy")
+
+
+def same(folder, other, **options):
+    batch = prompts()
+    got = logits(ey.from_pretrained(folder, dtype=torch.float32), batch)
+    return torch.equal(
+        got, logits(ey.from_pretrained(other, dtype=torch.float32, **options), batch)
+    )
+
+
+def test_the_packed_model_is_the_one_that_loading_gives(plain, packed):
+    assert same(packed, plain, format="int4-g32")
+
+
+def test_transformers_loads_it_by_itself(packed):
+    batch = prompts()
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    assert {row.format for row in ey.verify(model).layers} == {"int4-g32"}
+    expected = ey.from_pretrained(packed, dtype=torch.float32)
+    assert torch.equal(logits(model, batch), logits(expected, batch))
+
+
+def test_its_experts_are_the_mapped_file(packed):
+    model = ey.from_pretrained(packed)
+    ranges = file_ranges(packed)
+    for row in ey.verify(model).layers:
+        w13, _, w2 = model.get_submodule(row.name).packed._matrices
+        for blob in (*w13, *w2):
+            assert blob.data_ptr() % 64 == 0
+            assert any(low <= blob.data_ptr() < high for low, high in ranges)
+
+
+@pytest.mark.parametrize("layout", ["fp8", "mxfp4", "awq", "compressed-tensors"])
+def test_quantised_experts_are_packed_as_they_are(tmp_path, layout):
+    folder, _ = quantised(tmp_path, layout)
+    assert same(pack(folder, tmp_path / "out").folder, folder)
+
+
+def test_everything_else_comes_along(plain, packed):
+    names = {file.name for file in packed.iterdir()}
+    assert {"config.json", "generation_config.json", MANIFEST} <= names
+    assert not any(name.endswith(".tmp") or "partial" in name for name in names)
+
+
+def test_interrupted_packing_goes_on(plain, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    done = []
+    real = packing._pack_layer
+
+    def once(*args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(packing, "_pack_layer", once)
+    with pytest.raises(KeyboardInterrupt):
+        pack(plain, out, "int4-g32")
+    with pytest.raises(LoadError):
+        ey.from_pretrained(out)
+    packed_again = []
+
+    def count(*args):
+        packed_again.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(packing, "_pack_layer", count)
+    pack(plain, out, "int4-g32")
+    assert len(packed_again) == 1  # of two layers
+    assert same(out, plain, format="int4-g32")
+
+
+def test_a_layer_that_changed_meanwhile_is_packed_again(plain, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    real = packing._write_dense
+    monkeypatch.setattr(packing, "_write_dense", lambda *a: (_ for _ in ()).throw(OSError))
+    with pytest.raises(OSError):
+        pack(plain, out, "int4-g32")
+    file = out / "experts-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    monkeypatch.setattr(packing, "_write_dense", real)
+    pack(plain, out, "int4-g32").verify()
+    assert same(out, plain, format="int4-g32")
+
+
+def test_a_file_that_is_being_written_has_no_name_yet(plain, tmp_path, monkeypatch):
+    def failing(*args, **keywords):
+        raise RuntimeError
+
+    monkeypatch.setattr(packing, "assemble", failing)
+    with pytest.raises(RuntimeError):
+        pack(plain, tmp_path / "out", "int4")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_another_job_does_not_mix_with_a_begun_one(plain, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "_write_dense", lambda *a: (_ for _ in ()).throw(OSError))
+    with pytest.raises(OSError):
+        pack(plain, tmp_path / "out", "int4")
+    with pytest.raises(ConfigError, match="half-packed model, of another source or in another"):
+        pack(plain, tmp_path / "out", "int8")
+    with pytest.raises(ConfigError, match="holds another packed model"):
+        pack(plain, packed, "int8")
+    with pytest.raises(ConfigError, match="is packed already"):
+        pack(packed, tmp_path / "again")
+
+
+def test_a_folder_with_something_in_it_is_left_alone(plain, tmp_path):
+    (tmp_path / "thesis.tex").write_text("text")
+    with pytest.raises(ConfigError, match="is not empty"):
+        pack(plain, tmp_path, "int4")
+
+
+def test_plain_formats_are_refused(plain, tmp_path):
+    with pytest.raises(ConfigError, match="used in place already"):
+        pack(plain, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["truncated", "missing", "header"])
+def test_damaged_files_are_named(copy, what):
+    file = copy / "experts-00001.safetensors"
+    if what == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif what == "missing":
+        file.unlink()
+    else:
+        content = file.read_bytes()
+        file.write_bytes(content[:8] + content[8:400].replace(b"blobs", b"globs") + content[400:])
+    with pytest.raises(LoadError, match=r"experts-00001|blobs"):
+        ey.from_pretrained(copy)
+
+
+def test_a_flipped_bit_is_found_by_verify(copy, capsys):
+    file = copy / "experts-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 16
+    file.write_bytes(content)
+    assert main(["pack", "--verify", str(copy)]) == 2
+    assert (
+        "experts-00001.safetensors: its content is not what was packed" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 2},
+        {"layers": 3},
+        {"files": {"../x": {"bytes": 1, "sha256": ""}}},
+        {"files": {}},
+    ],
+)
+def test_a_damaged_manifest_is_a_sentence(copy, change):
+    manifest = json.loads((copy / MANIFEST).read_text())
+    (copy / MANIFEST).write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(LoadError, match=r"expertyard\.json"):
+        ey.from_pretrained(copy)
+
+
+def test_a_config_of_another_model_is_noticed(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["moe_intermediate_size"] = 64
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LoadError, match=r"intermediate_size: config\.json says 64"):
+        ey.from_pretrained(copy)
+
+
+def test_another_format_is_refused_at_loading(packed):
+    with pytest.raises(PlanError, match="packed in 'int4-g32'"):
+        ey.from_pretrained(packed, format="int8")
+
+
+def test_the_command(plain, tmp_path, capsys):
+    assert (
+        main(["pack", str(plain), "-o", str(tmp_path / "o"), "--format", "int8", "--verify"]) == 0
+    )
+    assert "2 layers of experts in int8" in capsys.readouterr().out
+    assert load(tmp_path / "o") is not None
+    assert main(["pack", str(plain), "--format", "int8"]) == 2
+    assert main(["pack", str(plain), "-o", str(tmp_path / "p"), "--format", "int5"]) == 2
+    assert main(["pack", str(tmp_path / "nothing"), "-o", str(tmp_path / "q")]) == 2
+    assert "Traceback" not in capsys.readouterr().err
