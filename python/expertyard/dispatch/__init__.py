@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer that makes CPU and GPUs one machine: a plan is obeyed, and all devices work at once."""
+
+from .copies import spread
+from .layer import LayerExperts, Part
+from .options import RunOptions
+from .placement import PartPlan, Placement, Prefill, check_devices, place_experts, split_rank
+from .trace import Tracer, tracing
+
+__all__ = [
+    "LayerExperts",
+    "Part",
+    "PartPlan",
+    "Placement",
+    "Prefill",
+    "RunOptions",
+    "Tracer",
+    "check_devices",
+    "place_experts",
+    "split_rank",
+    "spread",
+    "tracing",
+]
