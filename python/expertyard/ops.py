@@ -66,7 +66,9 @@ def _translated(error: RuntimeError) -> RuntimeError | KernelError:
 
 
 @torch.library.register_fake("expertyard::moe_experts_into")
-def _fake_into(hidden_states: Any, topk_ids: Any, topk_weights: Any, experts: int, out: Any) -> None:
+def _fake_into(
+    hidden_states: Any, topk_ids: Any, topk_weights: Any, experts: int, out: Any
+) -> None:
     return None
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layer that makes CPU and GPUs one machine: a plan is obeyed, and all devices work at once."""
 
-from .copies import spread
+from .build import build
+from .copies import bring, spread
 from .layer import LayerExperts, Part
 from .options import RunOptions
 from .placement import PartPlan, Placement, Prefill, check_devices, place_experts, split_rank
@@ -15,6 +16,8 @@ __all__ = [
     "Prefill",
     "RunOptions",
     "Tracer",
+    "bring",
+    "build",
     "check_devices",
     "place_experts",
     "split_rank",

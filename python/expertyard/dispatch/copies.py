@@ -50,7 +50,9 @@ def _copy(tensor: Tensor, device: str, row_stride: int) -> Tensor:
     return copy.copy_(tensor)
 
 
-def spread(packed: PackedExperts, parts: Sequence[tuple[Iterable[int], str]]) -> list[PackedExperts]:
+def spread(
+    packed: PackedExperts, parts: Sequence[tuple[Iterable[int], str]]
+) -> list[PackedExperts]:
     """The experts of `packed`, in parts: (ids, device). What stays where it is, is used in place.
 
     Raises torch.OutOfMemoryError.
@@ -78,7 +80,7 @@ def stream(
     """
     named = set(ids.unique().tolist())
     wanted = [expert for expert in packed.here() if expert in named]
-    total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    total = hidden.new_zeros(hidden.shape, dtype=torch.float32)
     while wanted:
         size, chunk = 0, {}
         while wanted and (not chunk or size + packed.expert_bytes(wanted[0]) <= CHUNK_BYTES):
@@ -96,14 +98,14 @@ def multiply(
     """What these experts add, float32, where they and all arguments are. op: "torch", or ours."""
     if op == "torch":
         return _plain(packed, hidden, ids, weights)
-    out = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
+    out = hidden.new_empty(hidden.shape, dtype=torch.float32)
     moe_experts_into(hidden, ids, weights, packed, out)
     return out
 
 
 def _plain(packed: PackedExperts, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """Plain PyTorch, expert by expert, in the weights' dtype; the sum in float32."""
-    total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    total = hidden.new_zeros(hidden.shape, dtype=torch.float32)
     for expert in packed.here():
         token, slot = torch.where(ids == expert)
         if token.numel() == 0:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from .. import virtual
-from ..devices import torch_device
 from ..errors import DeviceError, KernelError, PlanError
 from ..ops import moe_experts, refuse_backward
 from ..weights import Expert, PackedExperts
@@ -149,8 +148,13 @@ class LayerExperts:
     def run(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The same, eager and without a gradient."""
         with self._lock:
-            if self._plain is not None and hidden_states.shape[0] < self._stream_from:
-                out = self._run_plain(self._plain, hidden_states, topk_ids, topk_weights)
+            plain = self._plain
+            if (
+                plain is not None
+                and hidden_states.shape[0] < self._stream_from
+                and hidden_states.device == plain.device
+            ):
+                out = self._run_plain(plain, hidden_states, topk_ids, topk_weights)
             else:
                 out = self._run_parts(hidden_states, topk_ids, topk_weights)
             if self.after is not None:
@@ -219,7 +223,6 @@ class LayerExperts:
         prefill: Prefill | None = part.prefill if streams else None
         if prefill is not None:
             device = prefill.device
-        home = torch_device(split_rank(self.home)[1]) if not virtual.number() else hidden.device
         name = f"layer {self.layer}"
         if virtual.gpu(device) is not None:
             inputs = [bring(t, device) for t in (hidden, ids, weights)]
@@ -227,7 +230,9 @@ class LayerExperts:
 
             def collect() -> Tensor:
                 what = f"its part of {name}"
-                return bring(virtual.mark(ticket.wait(self.options.timeout, what), device), self.home)
+                return bring(
+                    virtual.mark(ticket.wait(self.options.timeout, what), device), self.home
+                )
 
             return collect
         if device == "cpu" and hidden.device.type == "cuda":
@@ -244,7 +249,7 @@ class LayerExperts:
         there = torch.device(device)
         inputs = [t.to(there, non_blocking=True) for t in (hidden, ids, weights)]
         share = _work(name, part.packed, part.op, prefill, device, *inputs)
-        return lambda: share.to(hidden.device if home.type == "cpu" else home)
+        return lambda: share.to(hidden.device)
 
     def _begin_behind_gpu(
         self, part: Part, prefill: Prefill | None, hidden: Tensor, ids: Tensor, weights: Tensor

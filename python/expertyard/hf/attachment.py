@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..dispatch import RunOptions
 from ..errors import ConfigError
 from .binding import bind, lay_out_as_declared, unbind
 from .config import ExpertsConfig
@@ -36,23 +37,23 @@ def attach(model: Any, config: ExpertsConfig | None = None) -> Any:
         )
     modules = find_experts(model)
     layouts = {name: recognise(module, name) for name, module in modules.items()}
-    plan = None
+    plan, options = None, RunOptions()
     if config is None:
         promises = tuple(
-            Promised(name, layer_number(name), layout, None, None)
-            for name, layout in layouts.items()
+            Promised(name, layer_number(name), layout) for name, layout in layouts.items()
         )
     else:
         if not isinstance(config, ExpertsConfig):
             raise ConfigError(f"attach: expected an ExpertsConfig, got {type(config).__name__}.")
         dtype = next(next(iter(modules.values())).parameters()).dtype
+        options = config.options
         plan, promises = make_promises(config, model.config.to_dict(), layouts, dtype)
     done: list[nn.Module] = []
     try:
         for promised in promises:
             module = modules[promised.name]
             done.append(module)
-            bind(module, promised.device, promised.format).packed()
+            bind(module, promised.placement, options, promised.layer).experts()
             _cover(module)
     except BaseException:
         for module in done:
@@ -62,7 +63,7 @@ def attach(model: Any, config: ExpertsConfig | None = None) -> Any:
         replace(promised, home=str(modules[promised.name].down_proj.device))
         for promised in promises
     )
-    remember(model, Promise("attach", plan, promises))
+    remember(model, Promise("attach", plan, promises, options))
     return model
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..dispatch import RunOptions
 from ..plan import Request
 
 __all__ = ["QUANT_METHOD", "ExpertsConfig"]
@@ -20,24 +21,37 @@ class ExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Takes the keywords of expertyard.Request, which are those of `expertyard plan`:
     rules, layers, memory, format, context and so on. Without `format`, experts keep the model's
-    dtype (bf16, fp16 or fp32). Raises ConfigError for a keyword that does not exist.
+    dtype (bf16, fp16 or fp32). And those of expertyard.dispatch.RunOptions, which say how the plan
+    is run: policy, out_of_memory, timeout, prefill_tokens, defer.
+    Raises ConfigError for a keyword that does not exist.
 
         from_pretrained(path, quantization_config=ExpertsConfig(rules="rules.yaml"))
     """
 
-    # what `help(ExpertsConfig)` and editors show: Request's keywords, said once
-    __signature__ = inspect.signature(Request)
+    # what `help(ExpertsConfig)` and editors show: the keywords of both, said once
+    __signature__ = inspect.Signature(
+        [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for known in (Request, RunOptions)
+            for parameter in inspect.signature(known).parameters.values()
+        ]
+    )
 
     def __init__(self, **request: Any) -> None:
         request.pop("quant_method", None)  # in a dictionary that to_dict() has made
         self.quant_method = QUANT_METHOD
         self.given = request
-        self.request: Request = Request.from_dict(request)
+        running = {name: request[name] for name in RunOptions.names() if name in request}
+        self.options = RunOptions.from_dict(running)
+        self.request: Request = Request.from_dict(self._placement())
 
     def for_dtype(self, format: str) -> Request:
         """The request, with the model's own `format` where the user has not named one."""
-        kept = {"format": format, "dense_format": format, **self.given}
+        kept = {"format": format, "dense_format": format, **self._placement()}
         return dataclasses.replace(self.request, **kept)
+
+    def _placement(self) -> dict[str, Any]:
+        return {key: value for key, value in self.given.items() if key not in RunOptions.names()}
 
     def to_dict(self) -> dict[str, Any]:
         """quant_method and the keywords that were given."""

@@ -49,8 +49,7 @@ def make_promises(
     numbers = {name: layer_number(name) for name in layouts}
     placements = place_experts(plan, numbers, DTYPES)
     promises = tuple(
-        Promised(name, numbers[name], layout, placements[name].device, placements[name].format)
-        for name, layout in layouts.items()
+        Promised(name, numbers[name], layout, placements[name]) for name, layout in layouts.items()
     )
     return plan, promises
 

@@ -21,11 +21,12 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from ..errors import ConfigError, LoadError
-from ..loading import Checkpoint, LayerSource, assemble, check, tracked
+from ..loading import Checkpoint, LayerSource, check, tracked
 from ..plan import Plan
 from .config import QUANT_METHOD, ExpertsConfig
 from .layers import find_experts, recognise
 from .module import ExpertyardExperts
+from .parts import load_experts
 from .place import place_dense
 from .planning import make_promises
 from .sources import find_sources
@@ -95,16 +96,14 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         assert self._checkpoint is not None and self._plan is not None
+        options = self.quantization_config.options
         work = list(zip(self._sources, self._promises, strict=True))
         for source, promised in tracked(work, "Packing experts"):
-            assert promised.device is not None and promised.format is not None
             experts = model.get_submodule(source.name)
             assert isinstance(experts, ExpertyardExperts)
-            experts.packed = assemble(
-                self._checkpoint, source, format=promised.format, device=promised.device
-            )
+            experts.experts = load_experts(self._checkpoint, source, promised, options)
         place_dense(model, self._plan, self._promises)
-        remember(model, Promise("load", self._plan, self._promises))
+        remember(model, Promise("load", self._plan, self._promises, options))
         self._checkpoint, self._sources = None, []  # what is mapped is kept by the packed experts
         return model
 
