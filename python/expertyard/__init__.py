@@ -25,6 +25,9 @@ _EXPORTS: dict[str, str] = {
     "attach": "hf",
     "detach": "hf",
     "verify": "hf",
+    "move": "hf",
+    "recording": "hf",
+    "set_policy": "hf",
 }
 
 __all__ = [*_EXPORTS, "__version__"]

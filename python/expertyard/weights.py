@@ -388,7 +388,8 @@ class PackedExperts:
         copy = object.__new__(PackedExperts)
         memo[id(self)] = copy
         copy.__dict__.update({k: v for k, v in self.__dict__.items() if k != "handle"})
-        copy._matrices = tuple(list(column) for column in self._matrices)
+        gate, up, down = self._matrices
+        copy._matrices = list(gate), list(up), list(down)
         copy._biases = [list(column) for column in self._biases]
         copy.handle = copy._register()
         return copy

@@ -3,9 +3,13 @@
 
 from .build import build
 from .copies import bring, spread
+from .crossover import choose, measure
+from .explain import explain
 from .layer import LayerExperts, Part
 from .options import RunOptions
 from .placement import PartPlan, Placement, Prefill, check_devices, place_experts, split_rank
+from .policies import make_policy
+from .routing import RoutingRecord
 from .trace import Tracer, tracing
 
 __all__ = [
@@ -14,11 +18,16 @@ __all__ = [
     "PartPlan",
     "Placement",
     "Prefill",
+    "RoutingRecord",
     "RunOptions",
     "Tracer",
     "bring",
     "build",
     "check_devices",
+    "choose",
+    "explain",
+    "make_policy",
+    "measure",
     "place_experts",
     "split_rank",
     "spread",

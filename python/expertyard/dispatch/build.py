@@ -15,6 +15,7 @@ from .. import virtual
 from ..errors import PlanError
 from ..weights import PackedExperts
 from .copies import spread
+from .crossover import choose
 from .layer import LayerExperts
 from .options import RunOptions
 from .placement import PartPlan, Placement, split_rank
@@ -71,6 +72,7 @@ def build(
         for expert in packed.here()
         if planned[expert] != part.device
     }
+    choose(made)
     return made
 
 

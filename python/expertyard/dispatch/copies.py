@@ -82,7 +82,8 @@ def stream(
     wanted = [expert for expert in packed.here() if expert in named]
     total = hidden.new_zeros(hidden.shape, dtype=torch.float32)
     while wanted:
-        size, chunk = 0, {}
+        size = 0
+        chunk: dict[int, Expert] = {}
         while wanted and (not chunk or size + packed.expert_bytes(wanted[0]) <= CHUNK_BYTES):
             expert = wanted.pop(0)
             size += packed.expert_bytes(expert)

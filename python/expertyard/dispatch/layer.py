@@ -63,7 +63,7 @@ class LayerExperts:
     """Callable: (hidden_states, topk_ids, topk_weights) -> the weighted sum of the experts.
 
     layer    its number, for messages
-    home     the plan's device of the layer: hidden states come from there, and the result goes there
+    home     the plan's device of the layer, where hidden states come from and the result goes
     parts    none is empty; together they have every expert, unless other processes have some
     group    what adds up the parts of other processes, or None (see parallel.Group)
     after    called with (self, topk_ids) when a call is done: statistics and policies

@@ -18,6 +18,7 @@ from .attachment import attach, detach
 from .config import ExpertsConfig
 from .module import ExpertyardExperts
 from .quantizer import ExpertyardHfQuantizer
+from .running import layers_of, move, recording, set_policy
 from .verification import LayerReport, VerifyReport, verify
 
 __all__ = [
@@ -28,6 +29,10 @@ __all__ = [
     "VerifyReport",
     "attach",
     "detach",
+    "layers_of",
+    "move",
+    "recording",
+    "set_policy",
     "verify",
 ]
 

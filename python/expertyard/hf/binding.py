@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import LayerExperts, PartPlan, Placement, RunOptions
+from ..dispatch import LayerExperts, PartPlan, Placement, RunOptions, make_policy
 from ..errors import KernelError
 from ..loading import ExpertsLayout
 from ..weights import FORMAT_OF_DTYPE
@@ -87,6 +87,7 @@ class Binding:
             before, self._experts = self._experts, None  # the old go before the new come
             moved = {} if before is None else before.moved
             after = None if before is None else before.after
+            first = before is None
             del before
             if self.layout.transposed:
                 lay_out_for_kernels(module)
@@ -94,7 +95,9 @@ class Binding:
             self._experts = self._make(module)
             for expert, device in moved.items():
                 self._experts.move(expert, device)
-            self._experts.after = after
+            self._experts.after = (
+                make_policy(self.options.policy, self._experts) if first else after
+            )
             self._made_from = state
         return self._experts
 

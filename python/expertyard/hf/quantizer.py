@@ -20,6 +20,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from ..dispatch import make_policy
 from ..errors import ConfigError, LoadError
 from ..loading import Checkpoint, LayerSource, check, tracked
 from ..plan import Plan
@@ -102,6 +103,7 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
             experts = model.get_submodule(source.name)
             assert isinstance(experts, ExpertyardExperts)
             experts.experts = load_experts(self._checkpoint, source, promised, options)
+            experts.experts.after = make_policy(options.policy, experts.experts)
         place_dense(model, self._plan, self._promises)
         remember(model, Promise("load", self._plan, self._promises, options))
         self._checkpoint, self._sources = None, []  # what is mapped is kept by the packed experts

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Expertyard has promised about a model: kept on the model, read by verify() and detach()."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -35,7 +35,7 @@ class Promise:
     road: str
     plan: Plan | None
     layers: tuple[Promised, ...]
-    options: RunOptions = RunOptions()
+    options: RunOptions = field(default_factory=RunOptions)
 
 
 def remember(model: nn.Module, promise: Promise) -> None:

@@ -261,6 +261,7 @@ def _groups(
                 format=(pin.format if pin else "") or problem.layers[number].format,
                 op=op,
                 prefill_op=(pin.prefill_op if pin else "") or op,
+                prefill_device=pin.prefill_device if pin else "",
                 out_device=home,
                 why=pin.why if pin else "auto",
             )
