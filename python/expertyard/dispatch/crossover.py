@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,8 @@ def _first_that_pays(
         order = torch.rand(tokens, len(here), generator=generator).argsort(1)[:, :top_k]
         ids = torch.tensor(here)[order]
         weights = torch.full((tokens, top_k), 1 / top_k)
-        cpu = _best(lambda: multiply(packed, "cpu", hidden, ids, weights))
-        brought = _best(lambda: _on_gpu(packed, gpu, timeout, hidden, ids, weights))
+        cpu = _best(partial(multiply, packed, "cpu", hidden, ids, weights))
+        brought = _best(partial(_on_gpu, packed, gpu, timeout, hidden, ids, weights))
         times[str(tokens)] = [cpu, brought]
         if brought < cpu:
             return tokens, times

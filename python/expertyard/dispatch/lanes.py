@@ -49,6 +49,7 @@ class Ticket:
                 f"{self.lane.name}: {what} did not finish within {seconds:g} s. The device hangs, "
                 "or the time is too short for such a call: ExpertsConfig(timeout=SECONDS)."
             )
+        self._done.release()  # it may be asked again
         if self._error is not None:
             raise self._error
         return self._result
@@ -72,7 +73,8 @@ class _Lane:
         return ticket
 
     def _serve(self) -> None:
-        _C.limit_caller(1)
+        if self.name != "cpu":
+            _C.limit_caller(1)
         torch.set_grad_enabled(False)
         while True:
             self._jobs.get().run()

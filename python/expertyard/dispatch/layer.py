@@ -25,7 +25,7 @@ from ..ops import moe_experts, refuse_backward
 from ..weights import Expert, PackedExperts
 from . import trace
 from .copies import bring, copy_expert, multiply, stream
-from .lanes import submit
+from .lanes import Ticket, submit
 from .options import RunOptions
 from .placement import PartPlan, Placement, Prefill, split_rank
 
@@ -67,6 +67,7 @@ class LayerExperts:
     parts    none is empty; together they have every expert, unless other processes have some
     group    what adds up the parts of other processes, or None (see parallel.Group)
     after    called with (self, topk_ids) when a call is done: statistics and policies
+    next     the layer that adds what this one defers (RunOptions.defer), or None: nothing is
     """
 
     def __init__(
@@ -83,6 +84,9 @@ class LayerExperts:
         self.parts = [Part(p, w) for p, w in zip(placement.parts, packed, strict=True)]
         self.group = group
         self.after: Callable[[LayerExperts, Tensor], None] | None = None
+        self.next: LayerExperts | None = None
+        self.defers_any = False  # also in calls of many tokens: to see what it does to a prompt
+        self._late: Ticket | None = None  # the share of the layer before, still at work
         self.moved: dict[int, str] = {}  # expert -> device, of those that are not where planned
         self._kept: dict[int, Expert] = {}  # experts on GPUs whose copy in RAM is still there
         self._lock = threading.RLock()
@@ -149,17 +153,46 @@ class LayerExperts:
         """The same, eager and without a gradient."""
         with self._lock:
             plain = self._plain
+            late, self._late = self._late, None
+            chosen = topk_ids
+            if self.options.defer and self.next is not None:
+                topk_ids = self._defer(self.next, hidden_states, topk_ids, topk_weights)
             if (
                 plain is not None
+                and late is None
                 and hidden_states.shape[0] < self._stream_from
                 and hidden_states.device == plain.device
             ):
                 out = self._run_plain(plain, hidden_states, topk_ids, topk_weights)
             else:
-                out = self._run_parts(hidden_states, topk_ids, topk_weights)
+                out = self._run_parts(hidden_states, topk_ids, topk_weights, late)
             if self.after is not None:
-                self.after(self, topk_ids)
+                self.after(self, chosen)
             return out
+
+    def _defer(
+        self, later: "LayerExperts", hidden: Tensor, ids: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Gives the least weighted experts of each token on the CPU to its lane, for the next layer
+        to add; returns the ids that are left. At least one expert of a token is left."""
+        part = next((p for p in self.parts if p.is_cpu), None)
+        number = min(self.options.defer, ids.shape[1] - 1)
+        few = ids.shape[0] < self.options.prefill_tokens
+        if part is None or number < 1 or not (few or self.defers_any):
+            return ids
+        here = torch.zeros(self.num_experts + 1, dtype=torch.bool)
+        here[list(part.packed.here())] = True
+        hidden, on_cpu, weights = (bring(t, "cpu") for t in (hidden, ids, weights))
+        candidates = here[on_cpu.clamp(0, self.num_experts).long()] & (on_cpu >= 0)
+        ranked = weights.float().masked_fill(~candidates, torch.inf)
+        least = ranked.topk(number, largest=False).indices
+        late = torch.zeros_like(candidates).scatter_(1, least, True) & candidates
+        deferred = on_cpu.masked_fill(~late, -1)
+        name = f"layer {self.layer} (deferred)"
+        later._late = submit(
+            "cpu", _work, name, part.packed, part.op, None, "cpu", hidden, deferred, weights
+        )
+        return bring(on_cpu.masked_fill(late, -1), self.home).to(ids.device)
 
     def _run_plain(
         self, packed: PackedExperts, hidden: Tensor, ids: Tensor, weights: Tensor
@@ -172,7 +205,9 @@ class LayerExperts:
             lambda: moe_experts(hidden, ids, weights, packed),
         )  # fmt: skip
 
-    def _run_parts(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def _run_parts(
+        self, hidden: Tensor, ids: Tensor, weights: Tensor, late: Ticket | None = None
+    ) -> Tensor:
         while True:
             try:
                 total = self._sum(hidden, ids, weights)
@@ -181,6 +216,10 @@ class LayerExperts:
                 self._make_room(error)
         if self.group is not None:
             total = self.group.add_up(total, ids, self)
+        if late is not None:
+            share = late.wait(self.options.timeout, "a deferred share")
+            if share.shape == total.shape:  # else of a step that was broken off
+                total = total.add_(bring(share, self.home).to(total.device))
         out = total.to(hidden.dtype)
         return virtual.mark(out, self.home) if virtual.number() else out
 
@@ -302,6 +341,8 @@ class LayerExperts:
         device has no room; then nothing has changed.
         """
         with self._lock:
+            if self.next is not None and self.next._late is not None:
+                self.next._late.wait(self.options.timeout, "a deferred share")
             source = self.part_of(expert)
             if source.device == device:
                 return

@@ -18,7 +18,7 @@ from .attachment import attach, detach
 from .config import ExpertsConfig
 from .module import ExpertyardExperts
 from .quantizer import ExpertyardHfQuantizer
-from .running import layers_of, move, recording, set_policy
+from .running import deferral_error, layers_of, move, recording, set_policy
 from .verification import LayerReport, VerifyReport, verify
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "LayerReport",
     "VerifyReport",
     "attach",
+    "deferral_error",
     "detach",
     "layers_of",
     "move",

@@ -47,6 +47,8 @@ def attach(model: Any, config: ExpertsConfig | None = None) -> Any:
             raise ConfigError(f"attach: expected an ExpertsConfig, got {type(config).__name__}.")
         dtype = next(next(iter(modules.values())).parameters()).dtype
         options = config.options
+        if options.defer:
+            raise ConfigError("attach: defer works for models loaded with ExpertsConfig only.")
         plan, promises = make_promises(config, model.config.to_dict(), layouts, dtype)
     done: list[nn.Module] = []
     try:

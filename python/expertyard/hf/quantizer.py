@@ -30,6 +30,7 @@ from .module import ExpertyardExperts
 from .parts import load_experts
 from .place import place_dense
 from .planning import make_promises
+from .running import layers_of, link
 from .sources import find_sources
 from .state import Promise, Promised, remember
 
@@ -106,6 +107,7 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
             experts.experts.after = make_policy(options.policy, experts.experts)
         place_dense(model, self._plan, self._promises)
         remember(model, Promise("load", self._plan, self._promises, options))
+        link(list(layers_of(model).values()))
         self._checkpoint, self._sources = None, []  # what is mapped is kept by the packed experts
         return model
 

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model's layers of experts while it runs: what moves, what is recorded, what is explained."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..dispatch import LayerExperts, RoutingRecord, make_policy
@@ -14,7 +17,7 @@ from .binding import binding_of
 from .module import ExpertyardExperts
 from .state import promise_of
 
-__all__ = ["layers_of", "move", "recording", "set_policy"]
+__all__ = ["deferral_error", "layers_of", "link", "move", "recording", "set_policy"]
 
 
 def layers_of(model: Any) -> dict[int, LayerExperts]:
@@ -63,6 +66,40 @@ def set_policy(model: Any, policy: str) -> None:
         raise ConfigError(f"policy: expected one of {', '.join(POLICIES)}; got {policy!r}.")
     for layer in layers_of(model).values():
         layer.after = make_policy(policy, layer)
+
+
+def link(layers: list[LayerExperts]) -> None:
+    """Each layer's deferred share is added by the next one; the last one defers nothing."""
+    for layer, later in itertools.pairwise(layers):
+        layer.next = later
+
+
+def deferral_error(model: Any, input_ids: Tensor) -> str:
+    """What RunOptions.defer does to a prompt's logits, in a sentence.
+
+    input_ids  [batch, tokens]; every position is computed with and without deferral.
+    """
+    layers = list(layers_of(model).values())
+    options = [layer.options for layer in layers]
+    input_ids = input_ids.to(model.get_input_embeddings().weight.device)
+    with torch.no_grad():
+        for layer in layers:
+            layer.options = replace(layer.options, defer=0)
+        exact = model(input_ids).logits.float().log_softmax(-1)
+        for layer, own in zip(layers, options, strict=True):
+            layer.options, layer.defers_any = own, True
+        try:
+            deferred = model(input_ids).logits.float().log_softmax(-1)
+        finally:
+            for layer in layers:
+                layer.defers_any = False
+    divergence = (exact.exp() * (exact - deferred)).sum(-1).mean()
+    positions = exact[..., 0].numel()
+    same = int((exact.argmax(-1) == deferred.argmax(-1)).sum())
+    return (
+        f"deferred: up to {options[0].defer} experts a token; on the prompt the likeliest token is "
+        f"the same at {same} of {positions} positions, mean KL divergence {divergence:.2g}"
+    )
 
 
 @contextmanager
