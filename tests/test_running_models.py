@@ -63,9 +63,7 @@ def test_experts_move_while_a_model_generates(text: torch.Tensor) -> None:
             return scores
 
     with torch.no_grad():
-        out = model.generate(
-            ids(), max_new_tokens=40, do_sample=False, logits_processor=[Mover()]
-        )
+        out = model.generate(ids(), max_new_tokens=40, do_sample=False, logits_processor=[Mover()])
     assert torch.equal(out, text)
     ey.verify(model)  # what was moved is where it was moved to
     assert any(layer.moved for layer in layers_of(model).values())
@@ -98,7 +96,9 @@ def test_policies_fill_the_slots_that_the_plan_gave(policy: str, text: torch.Ten
     gc.collect()
     model = load(policy=policy)
     layers = layers_of(model)
-    slots = {n: sum(len(p.packed.here()) for p in x.parts if not p.is_cpu) for n, x in layers.items()}
+    slots = {
+        n: sum(len(p.packed.here()) for p in x.parts if not p.is_cpu) for n, x in layers.items()
+    }
     gpus = virtual.gpu("cuda:0"), virtual.gpu("cuda:1")
     used = [gpu.used for gpu in gpus if gpu]
     assert torch.equal(generate(model), text)

@@ -127,8 +127,9 @@ def _plain(packed: PackedExperts, hidden: Tensor, ids: Tensor, weights: Tensor) 
 
 def bring(tensor: Tensor, device: str) -> Tensor:
     """A tensor of one call to where it is needed. Not counted: it is gone when the call is over."""
-    if virtual.number():
-        if virtual.marked(tensor) == device:
-            return tensor
-        return virtual.mark(tensor.detach().clone(), device)
+    place = virtual.marked(tensor)
+    if place == device:
+        return tensor
+    if place is not None or virtual.number():
+        return virtual.mark(tensor.clone(), device)
     return to_device(tensor, device)

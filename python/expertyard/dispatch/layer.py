@@ -48,10 +48,8 @@ class Part:
         self.packed = packed
         self.prefill = plan.prefill
         self.stream_from: int | None = None
-
-    @property
-    def is_cpu(self) -> bool:
-        return self.local == "cpu"
+        self.is_cpu = self.local == "cpu"
+        self.is_virtual = virtual.gpu(self.local) is not None
 
     def plan(self) -> PartPlan:
         return PartPlan(
@@ -80,6 +78,8 @@ class LayerExperts:
         group: Any = None,
     ) -> None:
         self.layer, self.home = layer, placement.home
+        self._home_device = split_rank(placement.home)[1]
+        self._virtual = virtual.number() > 0  # asked once: the environment is slow to ask
         self.options = options or RunOptions()
         self.parts = [Part(p, w) for p, w in zip(placement.parts, packed, strict=True)]
         self.group = group
@@ -105,12 +105,13 @@ class LayerExperts:
         part = self.parts[0]
         plain = len(self.parts) == 1 and self.group is None and part.op != "torch"
         self._plain = part.packed if plain and self._is_home(part) else None
+        self._order = sorted(self.parts, key=lambda part: not part.is_cpu)
         self._stream_from = min(
             (p.stream_from for p in self.parts if p.stream_from is not None), default=1 << 62
         )
 
     def _is_home(self, part: Part) -> bool:
-        return part.local == split_rank(self.home)[1]
+        return part.local == self._home_device
 
     @property
     def placement(self) -> Placement:
@@ -170,9 +171,7 @@ class LayerExperts:
                 self.after(self, chosen)
             return out
 
-    def _defer(
-        self, later: "LayerExperts", hidden: Tensor, ids: Tensor, weights: Tensor
-    ) -> Tensor:
+    def _defer(self, later: "LayerExperts", hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Gives the least weighted experts of each token on the CPU to its lane, for the next layer
         to add; returns the ids that are left. At least one expert of a token is left."""
         part = next((p for p in self.parts if p.is_cpu), None)
@@ -221,11 +220,11 @@ class LayerExperts:
             if share.shape == total.shape:  # else of a step that was broken off
                 total = total.add_(bring(share, self.home).to(total.device))
         out = total.to(hidden.dtype)
-        return virtual.mark(out, self.home) if virtual.number() else out
+        return virtual.mark(out, self.home) if self._virtual else out
 
     def _sum(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The parts' sum in float32, at home."""
-        if virtual.number() and (place := virtual.marked(hidden)) not in (None, self.home):
+        if self._virtual and (place := virtual.marked(hidden)) not in (None, self.home):
             raise DeviceError(
                 f"Layer {self.layer}: its hidden states were expected on {self.home}, but they are "
                 f"on {place}: a transfer was forgotten."
@@ -234,7 +233,7 @@ class LayerExperts:
         begun: list[tuple[Part, Finish]] = []
         # A copy to the CPU waits for what was queued before it, so it is queued first; what the
         # caller computes itself comes last.
-        for part in sorted(self.parts, key=lambda part: not part.is_cpu):
+        for part in self._order:
             streams = part.stream_from is not None and num_tokens >= part.stream_from
             begun.append((part, self._begin(part, streams, hidden, ids, weights)))
         total: Tensor | None = None
@@ -263,26 +262,26 @@ class LayerExperts:
         if prefill is not None:
             device = prefill.device
         name = f"layer {self.layer}"
-        if virtual.gpu(device) is not None:
-            inputs = [bring(t, device) for t in (hidden, ids, weights)]
+        if part.is_virtual if prefill is None else virtual.gpu(device) is not None:
+            inputs = [hidden, ids, weights]
+            if device != self._home_device:
+                inputs = [bring(t, device) for t in inputs]
             ticket = submit(device, _work, name, part.packed, part.op, prefill, device, *inputs)
 
             def collect() -> Tensor:
-                what = f"its part of {name}"
-                return bring(
-                    virtual.mark(ticket.wait(self.options.timeout, what), device), self.home
-                )
+                share: Tensor = ticket.wait(self.options.timeout, f"its part of {name}")
+                return bring(virtual.mark(share, device), self.home)
 
             return collect
         if device == "cpu" and hidden.device.type == "cuda":
             return self._begin_behind_gpu(part, prefill, hidden, ids, weights)
         if device == "cpu":
-            if virtual.number():
+            if self._virtual and self._home_device != "cpu":
                 hidden, ids, weights = (bring(t, "cpu") for t in (hidden, ids, weights))
 
             def compute() -> Tensor:
                 share = _work(name, part.packed, part.op, prefill, device, hidden, ids, weights)
-                return bring(virtual.mark(share, "cpu"), self.home) if virtual.number() else share
+                return bring(virtual.mark(share, "cpu"), self.home) if self._virtual else share
 
             return compute
         there = torch.device(device)
