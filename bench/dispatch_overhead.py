@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dispatch costs a layer in Python, beside the op's own time: `python bench/dispatch_overhead.py`
+"""What dispatch costs a layer in Python, beside the op's own time. Run it as a script.
 
 plain   one device: a call of the layer against a call of torch.ops.expertyard.moe_experts
 split   CPU and a virtual GPU: a call of the layer against the two parts' ops one after the other in

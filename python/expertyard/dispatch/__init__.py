@@ -7,6 +7,7 @@ from .crossover import choose, measure
 from .explain import explain
 from .layer import LayerExperts, Part
 from .options import RunOptions
+from .parallel import join
 from .placement import PartPlan, Placement, Prefill, check_devices, place_experts, split_rank
 from .policies import make_policy
 from .routing import RoutingRecord
@@ -26,6 +27,7 @@ __all__ = [
     "check_devices",
     "choose",
     "explain",
+    "join",
     "make_policy",
     "measure",
     "place_experts",

@@ -63,7 +63,7 @@ class LayerExperts:
     layer    its number, for messages
     home     the plan's device of the layer, where hidden states come from and the result goes
     parts    none is empty; together they have every expert, unless other processes have some
-    group    what adds up the parts of other processes, or None (see parallel.Group)
+    group    of the processes that have other experts, or None (see parallel.Group)
     after    called with (self, topk_ids) when a call is done: statistics and policies
     next     the layer that adds what this one defers (RunOptions.defer), or None: nothing is
     """
@@ -95,16 +95,14 @@ class LayerExperts:
         for part in self.parts:
             if part.prefill is not None:
                 part.stream_from = self.options.prefill_tokens
+        self.num_experts = self.parts[0].packed.num_experts if self.parts else group.num_experts
         self._arrange()
 
     def _arrange(self) -> None:
         """What every call would ask again: whether it is one plain call of the op."""
-        first = self.parts[0].packed
-        self.num_experts = first.num_experts
-        self.hidden_size, self.intermediate_size = first.hidden_size, first.intermediate_size
-        part = self.parts[0]
-        plain = len(self.parts) == 1 and self.group is None and part.op != "torch"
-        self._plain = part.packed if plain and self._is_home(part) else None
+        plain = len(self.parts) == 1 and self.group is None and self.parts[0].op != "torch"
+        part = self.parts[0] if plain else None
+        self._plain = part.packed if part is not None and self._is_home(part) else None
         self._order = sorted(self.parts, key=lambda part: not part.is_cpu)
         self._stream_from = min(
             (p.stream_from for p in self.parts if p.stream_from is not None), default=1 << 62
@@ -209,12 +207,14 @@ class LayerExperts:
     ) -> Tensor:
         while True:
             try:
-                total = self._sum(hidden, ids, weights)
+                total = (
+                    self._sum(hidden, ids, weights)
+                    if self.group is None
+                    else self.group.run(self, self._sum, hidden, ids, weights)
+                )
                 break
             except _NoRoomError as error:
                 self._make_room(error)
-        if self.group is not None:
-            total = self.group.add_up(total, ids, self)
         if late is not None:
             share = late.wait(self.options.timeout, "a deferred share")
             if share.shape == total.shape:  # else of a step that was broken off
@@ -250,7 +250,8 @@ class LayerExperts:
             total = share if total is None else total.add_(share)
         if error is not None:
             raise error
-        assert total is not None
+        if total is None:  # all experts are in other processes
+            return hidden.new_zeros(hidden.shape, dtype=torch.float32)
         return total
 
     def _begin(

@@ -20,6 +20,8 @@ class RunOptions:
     out_of_memory      "error", or "cpu": experts for which a GPU has no room go back to the CPU
     timeout            seconds that a device may take for its part of a layer
     prefill_tokens     tokens of a call from which a rule's prefill_op and prefill_device are taken
+    tokens             what processes that share experts compute: the "same" tokens, or each "own"
+                       ones (docs/dispatch.md)
     defer              experts of a token, the least weighted ones on the CPU, that may finish one
                        layer later; changes results (expertyard run --defer says by how much)
     """
@@ -28,11 +30,13 @@ class RunOptions:
     out_of_memory: str = "error"
     timeout: float = 60.0
     prefill_tokens: int = 32
+    tokens: str = "same"
     defer: int = 0
 
     def __post_init__(self) -> None:
         _one_of("policy", self.policy, POLICIES)
         _one_of("out_of_memory", self.out_of_memory, ("error", "cpu"))
+        _one_of("tokens", self.tokens, ("same", "own"))
         if (
             isinstance(self.timeout, bool)
             or not isinstance(self.timeout, int | float)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..dispatch import RunOptions
+from ..dispatch.parallel import ranks_of
 from ..errors import ConfigError
 from .binding import bind, lay_out_as_declared, unbind
 from .config import ExpertsConfig
@@ -50,6 +51,10 @@ def attach(model: Any, config: ExpertsConfig | None = None) -> Any:
         if options.defer:
             raise ConfigError("attach: defer works for models loaded with ExpertsConfig only.")
         plan, promises = make_promises(config, model.config.to_dict(), layouts, dtype)
+    if any(p.placement is not None and ranks_of([p.placement]) for p in promises):
+        raise ConfigError(
+            "attach: experts of other processes are for models loaded with ExpertsConfig only."
+        )
     done: list[nn.Module] = []
     try:
         for promised in promises:

@@ -20,7 +20,11 @@ __all__ = ["experts_of_tensors", "load_experts"]
 
 
 def load_experts(
-    checkpoint: Checkpoint, source: LayerSource, promised: Promised, options: RunOptions
+    checkpoint: Checkpoint,
+    source: LayerSource,
+    promised: Promised,
+    options: RunOptions,
+    shared: Any = None,
 ) -> LayerExperts:
     """The experts of one layer of a checkpoint, each part on its device. LoadError, PlanError."""
     assert promised.placement is not None
@@ -31,7 +35,8 @@ def load_experts(
         packed = assemble(checkpoint, source, format=format, device="cpu")
         return spread(packed, [(ids, device)])[0]
 
-    return build(promised.placement, fetch, layer=promised.layer, options=options)
+    group = None if shared is None else shared.for_layer(promised.placement)
+    return build(promised.placement, fetch, layer=promised.layer, options=options, group=group)
 
 
 def experts_of_tensors(

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from ..devices import machine_memory, unusable_devices
-from ..dispatch import check_devices, place_experts
+from ..dispatch import check_devices, place_experts, split_rank
 from ..errors import LoadError
 from ..loading import DTYPES, ExpertsLayout
+from ..memory import UNLIMITED
 from ..plan import Plan, make_plan
 from ..spec import ModelSpec
 from .config import ExpertsConfig
@@ -45,7 +46,10 @@ def make_promises(
     plan = make_plan(spec, request, None).check()
     check_devices(plan, memory.keys(), unusable_devices())
     if request.memory is None:
-        plan = make_plan(spec, request, memory).check()
+        elsewhere = {
+            name: UNLIMITED - 1 for name in plan.devices if split_rank(name)[0] is not None
+        }
+        plan = make_plan(spec, request, {**memory, **elsewhere}).check()
     numbers = {name: layer_number(name) for name in layouts}
     placements = place_experts(plan, numbers, DTYPES)
     promises = tuple(

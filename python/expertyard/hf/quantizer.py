@@ -20,7 +20,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from ..dispatch import make_policy
+from ..dispatch import join, make_policy
 from ..errors import ConfigError, LoadError
 from ..loading import Checkpoint, LayerSource, check, tracked
 from ..plan import Plan
@@ -99,11 +99,12 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         assert self._checkpoint is not None and self._plan is not None
         options = self.quantization_config.options
+        shared = join([p.placement for p in self._promises if p.placement is not None], options)
         work = list(zip(self._sources, self._promises, strict=True))
         for source, promised in tracked(work, "Packing experts"):
             experts = model.get_submodule(source.name)
             assert isinstance(experts, ExpertyardExperts)
-            experts.experts = load_experts(self._checkpoint, source, promised, options)
+            experts.experts = load_experts(self._checkpoint, source, promised, options, shared)
             experts.experts.after = make_policy(options.policy, experts.experts)
         place_dense(model, self._plan, self._promises)
         remember(model, Promise("load", self._plan, self._promises, options))
