@@ -193,6 +193,15 @@ py::object cuda_problem(int device) {
   return status.ok ? py::object(py::none()) : py::object(py::str(status.what));
 }
 
+ey::ExpertPointers pointers_of(const std::array<uintptr_t, 6>& p) {
+  return {.gate = reinterpret_cast<const void*>(p[0]),
+          .up = reinterpret_cast<const void*>(p[1]),
+          .down = reinterpret_cast<const void*>(p[2]),
+          .gate_bias = reinterpret_cast<const float*>(p[3]),
+          .up_bias = reinterpret_cast<const float*>(p[4]),
+          .down_bias = reinterpret_cast<const float*>(p[5])};
+}
+
 // pointers: one (gate, up, down, gate_bias, up_bias, down_bias) of addresses an expert; 0 is null.
 // device: -1 for the CPU, else the CUDA device that the addresses are of.
 // The caller checks shapes and keeps the memory alive until remove_experts.
@@ -206,14 +215,7 @@ int64_t add_experts(const std::string& format, const std::string& activation, fl
   const ey::Layout parsed_layout = parse_layout(layout);
   auto entry = std::make_unique<ey::ExpertSetEntry>();
   entry->pointers.reserve(pointers.size());
-  for (const auto& p : pointers) {
-    entry->pointers.push_back({.gate = reinterpret_cast<const void*>(p[0]),
-                               .up = reinterpret_cast<const void*>(p[1]),
-                               .down = reinterpret_cast<const void*>(p[2]),
-                               .gate_bias = reinterpret_cast<const float*>(p[3]),
-                               .up_bias = reinterpret_cast<const float*>(p[4]),
-                               .down_bias = reinterpret_cast<const float*>(p[5])});
-  }
+  for (const auto& p : pointers) entry->pointers.push_back(pointers_of(p));
   entry->set = {
       .format = parsed,
       .layout = parsed_layout,
@@ -248,6 +250,16 @@ std::shared_ptr<ey::ExpertSetEntry> live(int64_t handle) {
   auto entry = ey::find_expert_set(handle);
   if (entry == nullptr) throw py::value_error(std::to_string(handle) + " is not a live handle");
   return entry;
+}
+
+// An expert comes, goes (all 0) or lies elsewhere from now on. No call on the set may be running.
+void write_expert(int64_t handle, int64_t expert, const std::array<uintptr_t, 6>& pointers) {
+  const auto entry = live(handle);
+  if (expert < 0 || expert >= entry->set.num_experts) throw py::index_error("no such expert");
+  if (entry->device >= 0) {
+    throw_unless(ey::cuda::write_row(entry->device, expert, pointers_of(pointers), &entry->set));
+  }
+  entry->pointers[expert] = pointers_of(pointers);
 }
 
 // For hidden states that start at a multiple of 16 bytes, as all but odd views do.
@@ -311,6 +323,8 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("memory"), py::arg("bytes"));
   m.def("remove_experts", &ey::remove_expert_set, py::arg("handle"));
+  m.def("write_expert", &write_expert, py::arg("handle"), py::arg("expert"), py::arg("pointers"));
+  m.def("limit_caller", &ey::cpu::limit_caller, py::arg("threads"));
   m.def("check_experts", &check_experts, py::arg("handle"));
   m.def("experts_info", &experts_info, py::arg("handle"));
   m.def(

@@ -79,14 +79,19 @@ struct MoeArgs {
   int64_t num_tokens;
   int64_t top_k;
   const void* hidden_states;  // [num_tokens, hidden_size] of hidden_dtype
-  void* out;                  // [num_tokens, hidden_size] of hidden_dtype; wholly written
+  void* out;                  // [num_tokens, hidden_size] of out_dtype(*this); wholly written
   DType hidden_dtype;
   const void* topk_ids;  // [num_tokens, top_k] int32 or int64; -1 and num_experts mean "none"
   bool ids_are_int64;
   const void* topk_weights;  // [num_tokens, top_k] of weights_dtype
   DType weights_dtype;
   const ExpertSet* set;
+  bool out_is_fp32 = false;  // else out has hidden_dtype. Parts of a sum are added before rounding.
 };
+
+inline constexpr DType out_dtype(const MoeArgs& a) {
+  return a.out_is_fp32 ? DType::kF32 : a.hidden_dtype;
+}
 
 inline constexpr int64_t size_of(DType t) { return t == DType::kF32 ? 4 : 2; }
 inline constexpr int64_t size_of(Format f) { return f == Format::kFp32 ? 4 : 2; }  // of kRows

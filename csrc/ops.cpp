@@ -4,6 +4,8 @@
 //
 //   expertyard::moe_experts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights,
 //                           int experts) -> Tensor
+//   expertyard::moe_experts_into(..., Tensor(a!) out) -> ()   the same into memory of the caller's,
+//                           in float32 or hidden_states' dtype: parts of a sum before rounding
 //
 // Shapes, dtypes and errors: python/expertyard/ops.py, which also registers the fake kernel and
 // the backward that refuses.
@@ -62,8 +64,9 @@ struct Call {
   ey::MoeArgs args;
 };
 
+// into: where the result goes; null: a new tensor like hidden_states.
 Call check(const Tensor& hidden_states, const Tensor& topk_ids, const Tensor& topk_weights,
-           int64_t experts) {
+           int64_t experts, const Tensor* into) {
   auto entry = ey::find_expert_set(experts);
   EY_CHECK(entry != nullptr, "experts: ", experts,
            " is not a live handle; pass PackedExperts.handle, and keep the PackedExperts alive");
@@ -93,11 +96,23 @@ Call check(const Tensor& hidden_states, const Tensor& topk_ids, const Tensor& to
   EY_CHECK(topk_ids.device() == hidden_states.device() &&
                topk_weights.device() == hidden_states.device(),
            "hidden_states, topk_ids and topk_weights must be on one device");
+  if (into != nullptr) {
+    const auto out_dtype = float_dtype(*into);
+    EY_CHECK(into->dim() == 2 && into->size(0) == num_tokens && into->size(1) == set.hidden_size &&
+                 (out_dtype == hidden_dtype || out_dtype == ey::DType::kF32) &&
+                 into->is_contiguous() && into->device() == hidden_states.device(),
+             "out: expected contiguous [num_tokens=", num_tokens, ", hidden_size=", set.hidden_size,
+             "] float32 or ", torch::headeronly::toString(hidden_states.scalar_type()),
+             " on hidden_states' device, got ", shape_of(*into), " ",
+             torch::headeronly::toString(into->scalar_type()));
+  }
 
   Call call{.hidden_states = torch::stable::contiguous(hidden_states),
             .topk_ids = torch::stable::contiguous(topk_ids),
             .topk_weights = torch::stable::contiguous(topk_weights),
-            .out = torch::stable::new_empty(hidden_states, {num_tokens, set.hidden_size}),
+            .out = into != nullptr
+                       ? *into
+                       : torch::stable::new_empty(hidden_states, {num_tokens, set.hidden_size}),
             .entry = entry,
             .args = {}};
   call.args = {.num_tokens = num_tokens,
@@ -109,13 +124,12 @@ Call check(const Tensor& hidden_states, const Tensor& topk_ids, const Tensor& to
                .ids_are_int64 = id_type == ScalarType::Long,
                .topk_weights = call.topk_weights.const_data_ptr(),
                .weights_dtype = *weights_dtype,
-               .set = &entry->set};
+               .set = &entry->set,
+               .out_is_fp32 = float_dtype(call.out) == ey::DType::kF32};
   return call;
 }
 
-Tensor moe_experts_cpu(const Tensor& hidden_states, const Tensor& topk_ids,
-                       const Tensor& topk_weights, int64_t experts) {
-  Call call = check(hidden_states, topk_ids, topk_weights, experts);
+Tensor run_on_cpu(Call call) {
   EY_CHECK(call.entry->device < 0, "hidden_states: expected device cuda:", call.entry->device,
            ", where these experts are, got cpu");
 
@@ -126,7 +140,8 @@ Tensor moe_experts_cpu(const Tensor& hidden_states, const Tensor& topk_ids,
   EY_CHECK(chosen.ok, chosen.what);
 
   const int wanted = static_cast<int>(torch::stable::get_num_threads());
-  const int threads = std::clamp(wanted, 1, ey::cpu::thread_limits().usable());
+  const int usable = std::min(ey::cpu::thread_limits().usable(), ey::cpu::callers_limit());
+  const int threads = std::clamp(wanted, 1, usable);
   const ey::Status done = ey::cpu::moe_experts(*kernel, call.args, threads);
   EY_CHECK(done.ok, done.what);
   call.entry->last_isa.store(kernel->isa, std::memory_order_relaxed);
@@ -152,10 +167,8 @@ void* current_cuda_stream(int32_t device) {
 
 // Everything is queued on the current stream, and all memory is torch's, so the call can be part of
 // a CUDA graph.
-Tensor moe_experts_cuda(const Tensor& hidden_states, const Tensor& topk_ids,
-                        const Tensor& topk_weights, int64_t experts) {
-  Call call = check(hidden_states, topk_ids, topk_weights, experts);
-  const int32_t device = hidden_states.get_device_index();
+Tensor run_on_cuda(Call call) {
+  const int32_t device = call.hidden_states.get_device_index();
   EY_CHECK(call.entry->device >= 0,
            "hidden_states: expected device cpu, where these experts are, got cuda:", device);
   EY_CHECK(call.entry->device == device, "hidden_states: expected device cuda:", call.entry->device,
@@ -172,18 +185,43 @@ Tensor moe_experts_cuda(const Tensor& hidden_states, const Tensor& topk_ids,
   return call.out;
 }
 
+Tensor moe_experts_cpu(const Tensor& hidden_states, const Tensor& topk_ids,
+                       const Tensor& topk_weights, int64_t experts) {
+  return run_on_cpu(check(hidden_states, topk_ids, topk_weights, experts, nullptr));
+}
+
+Tensor moe_experts_cuda(const Tensor& hidden_states, const Tensor& topk_ids,
+                        const Tensor& topk_weights, int64_t experts) {
+  return run_on_cuda(check(hidden_states, topk_ids, topk_weights, experts, nullptr));
+}
+
+void moe_experts_into_cpu(const Tensor& hidden_states, const Tensor& topk_ids,
+                          const Tensor& topk_weights, int64_t experts, const Tensor& out) {
+  run_on_cpu(check(hidden_states, topk_ids, topk_weights, experts, &out));
+}
+
+void moe_experts_into_cuda(const Tensor& hidden_states, const Tensor& topk_ids,
+                           const Tensor& topk_weights, int64_t experts, const Tensor& out) {
+  run_on_cuda(check(hidden_states, topk_ids, topk_weights, experts, &out));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(expertyard, m) {
   m.def(
       "moe_experts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, int experts) -> "
       "Tensor");
+  m.def(
+      "moe_experts_into(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, int experts, "
+      "Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(expertyard, CPU, m) {
   m.impl("moe_experts", TORCH_BOX(&moe_experts_cpu));
+  m.impl("moe_experts_into", TORCH_BOX(&moe_experts_into_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(expertyard, CUDA, m) {
   m.impl("moe_experts", TORCH_BOX(&moe_experts_cuda));
+  m.impl("moe_experts_into", TORCH_BOX(&moe_experts_into_cuda));
 }

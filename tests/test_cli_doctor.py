@@ -67,6 +67,17 @@ def test_a_forced_instruction_set_is_shown(
     assert set(found["chosen"].values()) == {"bf16_scalar", "fp16_scalar", "fp32_scalar"}
 
 
+def test_virtual_gpus_are_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXPERTYARD_VIRTUAL_GPUS", "2")
+    found = facts(capsys)
+    assert found["virtual_gpus"] == 2
+    assert [*found["memory"]] == ["cuda:0", "cuda:1", "cpu"]
+    assert main(["doctor"]) == 0
+    assert "EXPERTYARD_VIRTUAL_GPUS" in capsys.readouterr().out
+
+
 def test_an_instruction_set_that_does_not_exist_is_a_problem(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -207,3 +207,53 @@ def test_an_unknown_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> N
         main(["fly"])
     assert leave.value.code == 2
     assert "'fly'" in capsys.readouterr().err
+
+
+def test_virtual_gpus_are_explained_traced_and_recorded(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("EXPERTYARD_VIRTUAL_GPUS", "2")
+    trace, record = tmp_path / "trace.json", tmp_path / "record.json"
+    words = ["--layers", "0:2;1:2", "--gpu-experts", "8", "--explain", "--temperature", "0"]
+    code, out, err = run(capfd, *SHORT, *words, "--trace", str(trace), "--record", str(record))
+    assert (code, err) == (0, "")
+    assert re.search(r"verified: bf16_\w+ on cuda:1 runs 16 experts of 2 layers", out)
+    assert re.search(r"layers 0-1, home cuda:0: 8 of 16 experts on cuda:0 by bf16_\w+", out)
+    _, alone, _ = run(capfd, *SHORT, "--temperature", "0")
+    lines = [text[text.index("The function") :].splitlines()[0] for text in (out, alone)]
+    assert lines[0] == lines[1], "the text of a single device"
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"cpu", "cuda:0", "cuda:1"}
+    code, out, _ = run(
+        capfd, *SHORT, "--layers", "4", "--gpu-experts", "4", "--strategy", "frequency",
+        "--profile", str(record), "--policy", "lru", "--measure",
+    )  # fmt: skip
+    assert code == 0
+    assert "measured: 12 bf16 experts on the CPU are brought to cuda:0" in out
+
+
+def test_deferral_says_its_error(capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capfd, *SHORT, "--defer", "1")
+    assert code == 0
+    assert re.search(r"deferred: up to 1 experts a token; .* at \d+ of 12 positions, mean KL", out)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--policy", "lur"], "Did you mean 'lru'"),
+        (["--timeout", "0"], "timeout: expected seconds above 0"),
+        (["--defer", "-1"], "defer: expected a whole number from 0"),
+    ],
+)
+def test_a_wrong_option_of_running_is_one_sentence(
+    capfd: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    assert sentence in refused(capfd, *words)
+
+
+def test_a_folder_that_is_not_there_is_said_before_generating(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, out, err = run(capfd, *SHORT, "--trace", str(tmp_path / "no" / "trace.json"))
+    assert code == 2 and "there is no such folder" in err and "prefill 12" not in out

@@ -133,7 +133,7 @@ def test_plain_experts_are_used_where_they_lie(tmp_path):
     ours = ey.from_pretrained(tmp_path / "model.gguf")
     ranges = file_ranges(tmp_path)
     for row in ey.verify(ours).layers:
-        for pointer in pointers(ours.get_submodule(row.name).packed):
+        for pointer in pointers(ours.get_submodule(row.name).experts.parts[0].packed):
             assert any(low <= pointer < high for low, high in ranges)
 
 

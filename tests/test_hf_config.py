@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 import torch
 
 import expertyard as ey
+from expertyard.dispatch import RunOptions
 from expertyard.errors import ConfigError, DeviceError, KernelError, PlanError, RuleError
 from hf_families import FAMILIES, load, save, tiny_model
 
@@ -27,8 +28,8 @@ def run(code):
 
 def test_keywords_are_those_of_request():
     shown = list(inspect.signature(ey.ExpertsConfig).parameters)
-    own = ["search", "mode"]
-    assert shown == [*(field.name for field in dataclasses.fields(ey.Request)), *own]
+    known = [*dataclasses.fields(ey.Request), *dataclasses.fields(RunOptions)]
+    assert shown == [field.name for field in known]
 
 
 def test_an_unknown_keyword_names_the_nearest():
@@ -141,9 +142,9 @@ def test_a_loaded_models_config_loads_again(folder):
 
 def test_loaded_models_can_be_copied_and_moved(folder):
     model = load(folder, quantization_config=ey.ExpertsConfig())
-    packed = model.model.layers[0].mlp.experts.packed
+    packed = model.model.layers[0].mlp.experts.experts.parts[0].packed
     twin = copy.deepcopy(model)
-    other = twin.model.layers[0].mlp.experts.packed
+    other = twin.model.layers[0].mlp.experts.experts.parts[0].packed
     assert other is not packed and other.handle != packed.handle
     del model, packed
     ey.verify(twin)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan is obeyed or refused: one device and format a layer, on devices that exist."""
+"""A plan comes down to parts of each layer on devices that exist, or is refused."""
 
 import dataclasses
 
 import pytest
 
-from expertyard.dispatch import Placement, check_devices, place_experts
+from expertyard.dispatch import PartPlan, Placement, Prefill, check_devices, place_experts
 from expertyard.errors import DeviceError, PlanError
 from expertyard.plan import ExpertGroup, LayerPlan, Plan
 
@@ -28,17 +28,26 @@ def plan(*layers):
     )
 
 
-def test_each_module_gets_its_layers_device():
+def part(device="cpu", format="bf16", ids=(0, 1), prefill=None, op=None):
+    return PartPlan(ids, device, format, op or device.partition(":")[0], "auto", prefill)
+
+
+def test_each_module_gets_its_layers_parts():
     placed = place_experts(plan(None, (group(),), (group("cuda:1"),)), {"a": 1, "b": 2}, FORMATS)
-    assert placed == {"a": Placement("cpu", "bf16"), "b": Placement("cuda:1", "bf16")}
+    assert placed == {"a": Placement("cpu", (part(),)), "b": Placement("cpu", (part("cuda:1"),))}
 
 
-@pytest.mark.parametrize("groups", [(group(), group("cuda:0")), (group(), group(format="fp16"))])
-def test_a_layer_in_parts_is_refused(groups):
-    with pytest.raises(
-        PlanError, match=r"Layer 0: the plan parts its experts over .* not supported"
-    ):
-        place_experts(plan(groups), {"a": 0}, FORMATS)
+def test_a_layer_may_be_in_parts_and_groups_of_one_fate_come_together():
+    groups = (
+        group(ids=(0,)),
+        group("cuda:0", ids=(2, 3)),
+        dataclasses.replace(group(ids=(1,)), why="a rule"),
+    )
+    (placed,) = place_experts(plan(groups), {"a": 0}, FORMATS).values()
+    assert placed.parts == (
+        dataclasses.replace(part(ids=(0, 1)), why="auto, a rule"),
+        part("cuda:0", ids=(2, 3)),
+    )
 
 
 @pytest.mark.parametrize(("layers", "number"), [([None], 0), ([(group(),)], 1)])
@@ -52,7 +61,7 @@ def test_a_format_without_kernel_is_refused():
         place_experts(plan((group(format="int4"),)), {"a": 0}, FORMATS)
 
 
-@pytest.mark.parametrize(("device", "op"), [("cpu", "torch"), ("cuda:0", "cpu"), ("cpu", "cuda")])
+@pytest.mark.parametrize(("device", "op"), [("cpu", "xpu"), ("cuda:0", "cpu"), ("cpu", "cuda")])
 def test_an_op_that_does_not_run_there_is_refused(device, op):
     with pytest.raises(PlanError, match=f"with op '{op}' on {device}"):
         place_experts(plan((group(device, op=op),)), {"a": 0}, FORMATS)
@@ -72,8 +81,30 @@ def test_what_is_there_is_accepted():
     check_devices(plan((group(),), None, (group("cuda:0"),)), ["cpu", "cuda:0"])
 
 
-def test_another_prefill_op_is_said_not_to_be_used():
-    cpu = dataclasses.replace(group(), prefill_op="torch")
-    with pytest.warns(UserWarning, match="prefill_op 'torch' is not used"):
-        placed = place_experts(plan((cpu,)), {"a": 0}, FORMATS)
-    assert placed == {"a": Placement("cpu", "bf16")}
+@pytest.mark.parametrize(
+    ("device", "op", "prefill"),
+    [
+        ("cuda:1", "cuda", Prefill("cuda:1", "cuda", "auto")),
+        ("cpu", "torch", Prefill("cpu", "torch", "auto")),
+        ("cpu", "cpu", None),
+    ],
+)
+def test_another_prefill_is_part_of_the_placement(device, op, prefill):
+    """The layer's own GPU computes where the rule names an op only."""
+    wanted = plan((dataclasses.replace(group(), prefill_op=op),))
+    wanted = dataclasses.replace(
+        wanted, layers=(dataclasses.replace(wanted.layers[0], device=device),)
+    )
+    (placed,) = place_experts(wanted, {"a": 0}, FORMATS).values()
+    assert placed.parts[0].prefill == prefill
+
+
+def test_a_prefill_on_no_gpu_is_refused():
+    wanted = plan((dataclasses.replace(group(), prefill_op="cuda"),))
+    with pytest.raises(PlanError, match="prefill with op 'cuda' on cpu"):
+        place_experts(wanted, {"a": 0}, FORMATS)
+
+
+def test_plain_torch_multiplies_plain_numbers_only():
+    with pytest.raises(PlanError, match="op 'torch' is plain PyTorch"):
+        place_experts(plan((group(op="torch", format="int4"),)), {"a": 0})

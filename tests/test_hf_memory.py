@@ -15,6 +15,11 @@ from expertyard.hf import binding
 from hf_families import FAMILIES, load, logits, prompts, save, tiny_model
 
 
+def _packed(module):
+    bound = binding.binding_of(module)
+    return (module.experts if bound is None else bound.experts()).parts[0].packed
+
+
 def pointers(packed):
     return [t.data_ptr() for matrices in packed._matrices for t in matrices]
 
@@ -34,7 +39,7 @@ def test_loaded_experts_are_the_mapped_file(family, dtype, tmp_path):
     )
     ranges = file_ranges(tmp_path)
     for row in ey.verify(model).layers:
-        for pointer in pointers(model.get_submodule(row.name).packed):
+        for pointer in pointers(model.get_submodule(row.name).experts.parts[0].packed):
             assert any(low <= pointer < high for low, high in ranges)
 
 
@@ -48,7 +53,7 @@ def test_experts_of_other_roads_are_the_parameters(family, road):
         model.set_experts_implementation("expertyard")
     for row in ey.verify(model).layers:
         module = model.get_submodule(row.name)
-        packed = binding.binding_of(module).packed()
+        packed = binding.binding_of(module).experts().parts[0].packed
         gate, up, down = packed._matrices
         storages = [
             (p.untyped_storage().data_ptr(), p.untyped_storage().nbytes())
@@ -72,7 +77,7 @@ def test_a_model_that_is_deleted_frees_its_experts(road, tmp_path):
         ey.attach(model)
     logits(model, prompts())
     experts = next(m for n, m in model.named_modules() if n.endswith(".experts"))
-    packed = experts.packed if road == "load" else binding.binding_of(experts).packed()
+    packed = _packed(experts)
     gone = weakref.ref(packed)
     del model, experts, packed
     gc.collect()

@@ -27,7 +27,7 @@ def test_modules_move_and_inputs_follow():
     model = tiny_model("mixtral")
     model.set_experts_implementation("batched_mm")  # the only one that runs without values
     promises = tuple(
-        Promised(f"model.layers.{i}.mlp.experts", i, None, None, None)  # type: ignore[arg-type]
+        Promised(f"model.layers.{i}.mlp.experts", i, None)  # type: ignore[arg-type]
         for i in range(2)
     )
     place_dense(model, two_devices("meta"), promises)

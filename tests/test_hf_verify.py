@@ -28,7 +28,7 @@ def test_the_report_says_what_ran(loaded):
     report = ey.verify(loaded)
     assert [row.layer for row in report.layers] == [0, 1]
     for row in report.layers:
-        packed = loaded.get_submodule(row.name).packed
+        packed = loaded.get_submodule(row.name).experts.parts[0].packed
         assert row.kernel == packed.last_kernel and packed.calls == 1
         assert (row.device, row.format, row.num_experts) == ("cpu", "fp32", 8)
         assert row.nbytes == 8 * 3 * 72 * 40 * 4
@@ -91,7 +91,8 @@ def test_experts_elsewhere_than_planned_are_caught(loaded):
     """As if something had packed them anew: in another format than the plan's."""
     experts = loaded.model.layers[0].mlp.experts
     half = tiny_model("qwen3_moe", torch.bfloat16, mlp_only_layers=[])
-    experts.packed = _packed_of(half.model.layers[0].mlp.experts)
+    experts.experts.parts[0].packed = _packed_of(half.model.layers[0].mlp.experts)
+    experts.experts._arrange()
     with pytest.raises(VerifyError, match="the plan says fp32, its experts are bf16"):
         ey.verify(loaded)
 

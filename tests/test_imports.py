@@ -26,11 +26,13 @@ TORCH_FREE = [
 ]
 WITH_TORCH = [
     ["native"],
+    ["virtual"],
     ["devices", "reference"],
     ["weights"],
+    ["ops", "quantize"],
+    ["packing"],
     ["loading"],
     ["dispatch"],
-    ["ops"],
     ["testing"],
     ["bench"],
     ["hf"],

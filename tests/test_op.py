@@ -10,6 +10,7 @@ import torch
 
 from expertyard import PackedExperts, moe_experts
 from expertyard.errors import KernelError
+from expertyard.ops import moe_experts_into
 from expertyard.testing import Problem, calc_diff, random_problem
 
 OP = torch.ops.expertyard.moe_experts
@@ -254,3 +255,54 @@ def test_compiles_to_one_graph() -> None:
     for n in (10, 4, 1):
         args = (p.hidden_states[:n], p.topk_ids[:n], p.topk_weights[:n])
         assert torch.equal(compiled(*args), layer(*args))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_result_goes_into_the_callers_memory(dtype):
+    """In float32 it is not rounded; into the hidden dtype it is the op's own result."""
+    p = random_problem(
+        num_tokens=9, hidden_size=72, intermediate_size=40, num_experts=6, top_k=3, format="bf16"
+    )
+    packed = p.pack()
+    out = torch.full((9, 72), float("nan"), dtype=dtype)
+    moe_experts_into(p.hidden_states, p.topk_ids, p.topk_weights, packed, out)
+    whole = moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, packed)
+    assert torch.equal(out.bfloat16(), whole)
+    if dtype == torch.float32:
+        assert calc_diff(out, p.reference()) < calc_diff(whole, p.reference())
+
+
+@pytest.mark.parametrize(
+    "out",
+    [torch.empty(9, 71), torch.empty(8, 72), torch.empty(9, 72, dtype=torch.float16),
+     torch.empty(72, 9).T],
+    ids=["columns", "rows", "dtype", "strides"],
+)  # fmt: skip
+def test_memory_of_the_wrong_kind_is_refused(out):
+    p = random_problem(
+        num_tokens=9, hidden_size=72, intermediate_size=40, num_experts=6, top_k=3, format="bf16"
+    )
+    with pytest.raises(KernelError, match=r"out: expected contiguous \[num_tokens=9, hidden_size="):
+        moe_experts_into(p.hidden_states, p.topk_ids, p.topk_weights, p.pack(), out)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_experts_come_and_go_by_a_row_of_pointers(interleaved):
+    p = random_problem(
+        num_tokens=9, hidden_size=72, intermediate_size=40, num_experts=6, top_k=3, format="bf16",
+        bias=True, interleaved=interleaved,
+    )  # fmt: skip
+    whole = p.pack()
+    some = whole.holding({e: whole.expert(e) for e in (1, 4)})
+    assert some.here() == (1, 4) and some.expert(0) is None
+    assert some.nbytes == 2 * whole.expert_bytes(0)
+
+    def run(packed):
+        return moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, packed)
+
+    for e in (0, 2, 3, 5):
+        some.write(e, whole.expert(e))
+    assert torch.equal(run(some), run(whole))
+    some.write(2, None)
+    p.topk_ids[p.topk_ids == 2] = -1
+    assert torch.equal(run(some), run(whole)) and some.here() == (0, 1, 3, 4, 5)

@@ -62,7 +62,7 @@ def test_its_experts_are_the_mapped_file(packed):
     model = ey.from_pretrained(packed)
     ranges = file_ranges(packed)
     for row in ey.verify(model).layers:
-        w13, _, w2 = model.get_submodule(row.name).packed._matrices
+        w13, _, w2 = model.get_submodule(row.name).experts.parts[0].packed._matrices
         for blob in (*w13, *w2):
             assert blob.data_ptr() % 64 == 0
             assert any(low <= blob.data_ptr() < high for low, high in ranges)

@@ -407,11 +407,12 @@ void w2_run(Pass& p, int64_t begin, int64_t end, int64_t next_begin, int thread)
       });
     }
   }
-  const int64_t size = size_of(l.args.hidden_dtype);
+  const DType dtype = out_dtype(l.args);
+  const int64_t size = size_of(dtype);
   for (int64_t t = 0; t < r.num_tokens; ++t) {
     auto* out = static_cast<char*>(l.args.out) + (r.begin + t) * l.set.hidden_size * size;
     for (int64_t strip = begin; strip < end; ++strip) {
-      l.kernel.store_row(sums(strip) + t * kBlockRows, columns(strip), l.args.hidden_dtype,
+      l.kernel.store_row(sums(strip) + t * kBlockRows, columns(strip), dtype,
                          out + strip * kBlockRows * size);
     }
   }

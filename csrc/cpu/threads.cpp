@@ -224,6 +224,13 @@ int affinity_cpus() {
 
 }  // namespace
 
+namespace {
+thread_local int limit_of_this_thread = INT_MAX;
+}
+
+void limit_caller(int threads) { limit_of_this_thread = threads; }
+int callers_limit() { return limit_of_this_thread; }
+
 ThreadLimits thread_limits() {
   static const int cgroup = cgroup_cpus();  // a file read; quotas do not change under a process
   return {affinity_cpus(), cgroup};

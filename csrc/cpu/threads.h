@@ -49,4 +49,9 @@ struct ThreadLimits {
 };
 ThreadLimits thread_limits();
 
+// The most threads that runs of the calling thread may use; no limit at first. A virtual GPU is a
+// thread with a limit of 1: it does not take turns with the others at the pool.
+void limit_caller(int threads);
+int callers_limit();
+
 }  // namespace ey::cpu

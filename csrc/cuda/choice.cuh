@@ -20,6 +20,7 @@ struct Chunk {
   int64_t top_k;
   int64_t first_token;  // of the run within the call; only for the report of a bad id
   DType hidden_dtype;
+  DType out_dtype;
   DType weights_dtype;
   bool ids_are_int64;
 };

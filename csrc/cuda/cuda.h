@@ -32,6 +32,9 @@ Status prepare(int device);
 // Copies the pointers [set->num_experts] to the device and writes set->experts and set->bad_id.
 // Waits for the copy. Calls prepare(device).
 Status make_table(int device, const ExpertPointers* experts, ExpertSet* set);
+// Writes one row of that table, in its place: CUDA graphs that hold the table see it. Waits for the
+// copy, not for kernels: call it between steps.
+Status write_row(int device, int64_t expert, const ExpertPointers& pointers, ExpertSet* set);
 // Frees both and nulls them. Waits for the device's work. Fine on a set that has no table.
 Status free_table(int device, ExpertSet* set);
 

@@ -86,12 +86,13 @@ Status moe_experts(int device, const MoeArgs& args, void* workspace, void* strea
     Chunk chunk{};
     chunk.set = set;
     chunk.hidden_states = advance(args.hidden_states, first * row_bytes);
-    chunk.out = static_cast<char*>(args.out) + first * row_bytes;
+    chunk.out = static_cast<char*>(args.out) + first * set.hidden_size * size_of(out_dtype(args));
     chunk.topk_ids = advance(args.topk_ids, first_pair * (args.ids_are_int64 ? 8 : 4));
     chunk.topk_weights = advance(args.topk_weights, first_pair * size_of(args.weights_dtype));
     chunk.top_k = args.top_k;
     chunk.first_token = first;
     chunk.hidden_dtype = args.hidden_dtype;
+    chunk.out_dtype = out_dtype(args);
     chunk.weights_dtype = args.weights_dtype;
     chunk.ids_are_int64 = args.ids_are_int64;
     const cudaError_t error =

@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     if (expert.down_bias) value += expert.down_bias[row];
     sum += load_number(c.topk_weights, c.weights_dtype, pair) * value;
   }
-  if (lane == 0) store_number(c.out, c.hidden_dtype, token * c.set.hidden_size + row, sum);
+  if (lane == 0) store_number(c.out, c.out_dtype, token * c.set.hidden_size + row, sum);
 }
 
 }  // namespace ey::cuda::rows

@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine(const Chunk c, const 
       sum += refuse(c, token, id, column == 0);
     }
   }
-  store_number(c.out, c.hidden_dtype, token * c.set.hidden_size + column, sum);
+  store_number(c.out, c.out_dtype, token * c.set.hidden_size + column, sum);
 }
 
 }  // namespace ey::cuda::tiles

@@ -9,9 +9,9 @@ namespace ey::cuda {
 
 namespace {
 
-bool rows_are_aligned(const ExpertPointers* experts, const ExpertSet& set) {
+bool rows_are_aligned(const ExpertPointers* experts, int64_t count, const ExpertSet& set) {
   uintptr_t all = uintptr_t(set.gate_up_row_stride) | uintptr_t(set.down_row_stride);
-  for (int64_t e = 0; e < set.num_experts; ++e) {
+  for (int64_t e = 0; e < count; ++e) {
     for (const void* p : {experts[e].gate, experts[e].up, experts[e].down}) {
       all |= reinterpret_cast<uintptr_t>(p);
     }
@@ -48,7 +48,19 @@ Status make_table(int device, const ExpertPointers* experts, ExpertSet* set) {
   set->experts = static_cast<const ExpertPointers*>(table);
   set->bad_id = static_cast<uint64_t*>(word);
   *set->bad_id = 0;
-  set->rows_are_aligned = rows_are_aligned(experts, *set);
+  set->rows_are_aligned = rows_are_aligned(experts, set->num_experts, *set);
+  return {};
+}
+
+Status write_row(int device, int64_t expert, const ExpertPointers& pointers, ExpertSet* set) {
+  const CurrentDevice current(device);
+  if (current.error() != cudaSuccess) return cuda_failed(current.error(), "cudaSetDevice");
+  const OutsideCapture outside;
+  auto* row = const_cast<ExpertPointers*>(set->experts) + expert;
+  const cudaError_t error = cudaMemcpy(row, &pointers, sizeof pointers, cudaMemcpyHostToDevice);
+  if (error != cudaSuccess)
+    return cuda_failed(error, "cudaMemcpy of a row of the table of experts");
+  set->rows_are_aligned = set->rows_are_aligned && rows_are_aligned(&pointers, 1, *set);
   return {};
 }
 

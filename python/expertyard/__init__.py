@@ -26,6 +26,9 @@ _EXPORTS: dict[str, str] = {
     "detach": "hf",
     "from_pretrained": "hf",
     "verify": "hf",
+    "move": "hf",
+    "recording": "hf",
+    "set_policy": "hf",
 }
 
 __all__ = [*_EXPORTS, "__version__"]

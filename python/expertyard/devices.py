@@ -4,29 +4,61 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from . import virtual
 from .native import _C
 
-__all__ = ["machine_memory", "unusable_devices"]
+__all__ = ["device_of", "machine_memory", "to_device", "torch_device", "unusable_devices"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def machine_memory() -> dict[str, int]:
     """Bytes that are free now on each device that our kernels can use: "cuda:0", ..., "cpu"."""
+    free = _free_ram()
+    if count := virtual.number():
+        memory = {f"cuda:{index}": virtual.capacity(free) for index in range(count)}
+        return {**memory, "cpu": max(0, free - sum(memory.values()))}
     memory = {
         f"cuda:{index}": torch.cuda.mem_get_info(index)[0]
         for index in range(_gpus())
         if not _C.cuda_problem(index)
     }
-    memory["cpu"] = _free_ram()
+    memory["cpu"] = free
     return memory
 
 
 def unusable_devices() -> dict[str, str]:
     """GPUs that torch sees and our kernels cannot use, each with the reason."""
+    if virtual.number():
+        return {}
     problems = {f"cuda:{index}": str(_C.cuda_problem(index) or "") for index in range(_gpus())}
     return {device: problem for device, problem in problems.items() if problem}
+
+
+def torch_device(name: str) -> torch.device:
+    """torch's device for a plan's: a virtual GPU is a part of the CPU's memory."""
+    return torch.device("cpu" if virtual.gpu(name) else name)
+
+
+def device_of(tensor: Tensor) -> str:
+    """The plan's name for where a tensor is, as far as it is known: see virtual.marked()."""
+    return virtual.marked(tensor) or str(tensor.device)
+
+
+def to_device(tensor: Tensor, name: str) -> Tensor:
+    """The tensor on a plan's device: itself if it is there, else a copy.
+
+    Raises torch.OutOfMemoryError if there is no room.
+    """
+    if not virtual.number():
+        return tensor.to(name)
+    if virtual.marked(tensor) == name:
+        return tensor
+    if (found := virtual.gpu(name)) is not None:
+        return found.put(tensor)
+    return virtual.mark(tensor.detach().clone(), name)
 
 
 def _gpus() -> int:

@@ -34,11 +34,42 @@ def moe_experts(
             hidden_states, topk_ids, topk_weights, experts.handle
         )
     except RuntimeError as error:
-        if isinstance(error, KernelError) or _MARK not in str(error):
-            raise
-        message = str(error).split(_MARK, 1)[1].split("\n", 1)[0]
-        raise KernelError(message) from None
+        raise _translated(error) from None
     return out
+
+
+def moe_experts_into(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    experts: PackedExperts,
+    out: Tensor,
+) -> None:
+    """moe_experts() into `out` [num_tokens, hidden_size], contiguous, which is wholly written.
+
+    out  float32: nothing is rounded, so that parts of a sum can be added; or hidden_states' dtype
+    No gradient and no complaint about that: callers see to it. Raises KernelError.
+    """
+    try:
+        torch.ops.expertyard.moe_experts_into(
+            hidden_states, topk_ids, topk_weights, experts.handle, out
+        )
+    except RuntimeError as error:
+        raise _translated(error) from None
+
+
+def _translated(error: RuntimeError) -> RuntimeError | KernelError:
+    """Our own sentence out of an error of the operator; anything else as it is."""
+    if isinstance(error, KernelError) or _MARK not in str(error):
+        return error
+    return KernelError(str(error).split(_MARK, 1)[1].split("\n", 1)[0])
+
+
+@torch.library.register_fake("expertyard::moe_experts_into")
+def _fake_into(
+    hidden_states: Any, topk_ids: Any, topk_weights: Any, experts: int, out: Any
+) -> None:
+    return None
 
 
 @torch.library.register_fake("expertyard::moe_experts")

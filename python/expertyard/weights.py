@@ -6,9 +6,9 @@ blobs that ExpertPacker has made; a native handle stands for a table of pointers
 an expert.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ FORMAT_OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32:
 
 
 MODES = ("exact", "fast")
+Expert: TypeAlias = tuple[Tensor | None, ...]  # see PackedExperts.expert()
 
 
 @dataclass(frozen=True)
@@ -300,6 +301,65 @@ class PackedExperts:
         except ValueError as error:
             raise KernelError(str(error)) from None
 
+    def here(self) -> tuple[int, ...]:
+        """Ids of the experts that are here."""
+        return tuple(e for e, w in enumerate(self._matrices[0]) if w is not None)
+
+    def expert(self, expert: int) -> Expert | None:
+        """The tensors of one expert, where they lie: (gate, up, down, gate bias, up bias, down
+        bias); packed: the blob w13 twice, then w2. None: it is not here."""
+        groups = (*self._matrices, *self._biases)
+        return None if groups[0][expert] is None else tuple(group[expert] for group in groups)
+
+    def expert_bytes(self, expert: int) -> int:
+        """Bytes of one expert's tensors; 0 if it is not here."""
+        found = {id(t): t for t in self.expert(expert) or () if t is not None}
+        return sum(t.numel() * t.element_size() for t in found.values())
+
+    def row_strides(self) -> tuple[int, int, int] | None:
+        """Values between two rows of gate, up and down; None: packed."""
+        if self.layout != "rows":
+            return None
+        size = next(w for w in self._matrices[0] if w is not None).element_size()
+        inner, outer = self._native["gate_up_row_stride"], self._native["down_row_stride"]
+        return inner // size, inner // size, outer // size
+
+    def holding(self, experts: Mapping[int, Expert]) -> "PackedExperts":
+        """The same kind of experts, but these only; elsewhere, if that is where their tensors are.
+
+        experts  at least one; all with equal row strides and on one device. They are used in place.
+        """
+        other = object.__new__(PackedExperts)
+        other.__dict__.update({k: v for k, v in self.__dict__.items() if k != "handle"})
+        columns: list[list[Tensor | None]] = [[None] * self.num_experts for _ in range(6)]
+        for expert, tensors in experts.items():
+            for column, tensor in zip(columns, tensors, strict=True):
+                column[expert] = tensor
+        other._matrices, other._biases = (columns[0], columns[1], columns[2]), columns[3:]
+        first = next(iter(experts.values()))
+        assert first[0] is not None and first[2] is not None
+        other.device = first[0].device
+        if self.layout == "rows":
+            size = first[0].element_size()
+            other._native = {
+                **self._native,
+                "gate_up_row_stride": first[0].stride(0) * size,
+                "down_row_stride": first[2].stride(0) * size,
+            }
+        other.handle = other._register()
+        return other
+
+    def write(self, expert: int, tensors: Expert | None) -> None:
+        """An expert comes (used in place; row strides as the others'), or goes (None).
+
+        One row of pointers is written, so it is quick. No call on these experts may be running.
+        """
+        row = tensors or (None,) * 6
+        pointers = tuple(0 if t is None else t.data_ptr() for t in row)
+        _C.write_expert(self.handle, expert, pointers)
+        for column, tensor in zip((*self._matrices, *self._biases), row, strict=True):
+            column[expert] = tensor
+
     def _register(self) -> int:
         groups = (*self._matrices, *self._biases)
         pointers = [
@@ -333,6 +393,9 @@ class PackedExperts:
         copy = object.__new__(PackedExperts)
         memo[id(self)] = copy
         copy.__dict__.update({k: v for k, v in self.__dict__.items() if k != "handle"})
+        gate, up, down = self._matrices
+        copy._matrices = list(gate), list(up), list(down)
+        copy._biases = [list(column) for column in self._biases]
         copy.handle = copy._register()
         return copy
 

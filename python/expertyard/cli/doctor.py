@@ -56,11 +56,13 @@ def examine() -> dict[str, Any]:
     import torch
 
     import expertyard
+    from expertyard import virtual
     from expertyard.devices import machine_memory
     from expertyard.native import _C
 
     packages = {name: package(name) for name in SUPPORTED}
     cuda = dict(_C.cuda_status())
+    virtual_gpus = virtual.number()
     isa = _C.forced_isa()
     problem = isa_problem()
     problems = [about["problem"] for about in packages.values() if about["problem"]]
@@ -83,6 +85,7 @@ def examine() -> dict[str, Any]:
         "chosen": {} if problem else chosen(),
         "forced_isa": isa,
         "cuda": cuda,
+        "virtual_gpus": virtual_gpus,
         "packages": packages,
         "problems": problems,
     }
@@ -179,6 +182,12 @@ def render(facts: dict[str, Any]) -> list[Any]:
             f"{device['name']}, capability {device['capability']}, "
             f"{device['total_bytes'] / 2**30:.1f} GiB"
             + ("" if device["usable"] else f": {device['why']}"),
+        )
+    if facts["virtual_gpus"]:
+        table.add_row(
+            "virtual GPUs",
+            f"{facts['virtual_gpus']}: cuda:0 ... are parts of this machine's RAM, for tests "
+            "(EXPERTYARD_VIRTUAL_GPUS); real GPUs are not used",
         )
     if facts["forced_isa"]:
         table.add_row("EXPERTYARD_ISA", facts["forced_isa"])

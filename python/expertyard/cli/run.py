@@ -24,8 +24,10 @@ EXAMPLES = """examples:
   expertyard run ./Qwen3-30B-A3B --prompt "The capital of France is" --temperature 0
   expertyard run ./Mixtral-8x7B --rules rules.yaml --max-new-tokens 500
   EXPERTYARD_ISA=avx2 expertyard run
+  EXPERTYARD_VIRTUAL_GPUS=2 expertyard run -n "0:2;1:2" --gpu-experts 8 --explain --trace t.json
 """
 PROMPT = "If you want to"
+RUNNING = ("policy", "out_of_memory", "timeout", "prefill_tokens", "defer")
 QUIET_BYTES = 1 << 30  # transformers' own progress bars are worth seeing above this
 
 
@@ -56,6 +58,25 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--seed", type=int, metavar="N", default=4, help="of the sampling (default: 4)")
     request = parser.add_argument_group("what goes where: the same as of `expertyard plan`")
     add_request_arguments(request)
+    running = parser.add_argument_group("how the plan is run: keywords of ExpertsConfig")
+    add = running.add_argument
+    add("--policy", metavar="NAME", help="static, or GPU slots for experts: lru, frequency")
+    add("--out-of-memory", metavar="WHAT", help="error, or cpu: experts without room go there")
+    add("--timeout", type=float, metavar="SECONDS", help="of a device's part of a layer (60)")
+    add("--prefill-tokens", type=int, metavar="N", help="of a call that rules call prefill (32)")
+    add(
+        "--defer",
+        type=int,
+        metavar="N",
+        help="experts of a token on the CPU that may finish a layer later; changes results, and "
+        "says by how much",
+    )
+    watching = parser.add_argument_group("what it did")
+    add = watching.add_argument
+    add("--explain", action="store_true", help="say what runs where for how many tokens, and why")
+    add("--measure", action="store_true", help="measure from where prefill pays on a GPU; kept")
+    add("--trace", metavar="FILE", help="write a timeline for chrome://tracing or Perfetto")
+    add("--record", metavar="FILE", help="write the experts that were chosen, for plan --profile")
     other = parser.add_argument_group("other")
     add = other.add_argument
     add("--threads", type=int, metavar="N", help="on the CPU (default: what PyTorch uses)")
@@ -75,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         import_hf(args.verbose)
         import torch
 
-        from expertyard.hf import ExpertsConfig, verify
+        from expertyard.hf import ExpertsConfig, deferral_error, verify
         from expertyard.hf.state import promise_of
 
     if args.threads:
@@ -93,8 +114,12 @@ def run(args: argparse.Namespace) -> int:
             print()
         for line in summary(verify(model)):
             print(line)
+        look_closer(model, args)
         print()
-        generate_and_report(model, tokenizer, prompt_ids, args)
+        with watched(model, args):
+            generate_and_report(model, tokenizer, prompt_ids, args)
+        if args.defer:
+            print(deferral_error(model, prompt_ids))
         if args.compare:
             compare(model, folder, prompt_ids, args)
     except torch.OutOfMemoryError as error:
@@ -104,6 +129,51 @@ def run(args: argparse.Namespace) -> int:
             "--mb-resrv-per-gpu, or shorten --context."
         ) from None
     return 0
+
+
+def look_closer(model: Any, args: argparse.Namespace) -> None:
+    """--measure and --explain."""
+    from expertyard.dispatch import explain, measure
+    from expertyard.hf import layers_of
+
+    layers = layers_of(model)
+    if args.measure:
+        seen: set[str] = set()
+        for layer in layers.values():
+            for part, found in measure(layer):
+                tokens = "never" if found.tokens is None else f"from {found.tokens} tokens"
+                what = f"{len(part.packed.here())} {part.packed.format} experts"
+                seen.add(f"measured: {what} on the CPU are brought to {layer.home} {tokens}")
+        none = "measured: nothing, as no layer on a GPU has experts on the CPU that no rule is for"
+        for line in sorted(seen) or [none]:
+            print(line)
+    if args.explain:
+        for line in explain(layers):
+            print(line)
+
+
+@contextmanager
+def watched(model: Any, args: argparse.Namespace) -> Iterator[None]:
+    """--trace and --record, around what generates."""
+    from contextlib import ExitStack
+
+    from expertyard.dispatch import tracing
+    from expertyard.hf import recording
+
+    for flag in ("trace", "record"):
+        path = getattr(args, flag)
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ConfigError(f"--{flag} {path}: there is no such folder.")
+    with ExitStack() as stack:
+        record = stack.enter_context(recording(model)) if args.record else None
+        tracer = stack.enter_context(tracing()) if args.trace else None
+        yield
+    if tracer is not None:
+        tracer.save(args.trace)
+        print(f"trace: {args.trace} ({len(tracer.to_json()['traceEvents'])} events)")
+    if record is not None:
+        record.save(args.record)
+        print(f"record: {args.record} ({len(record.tokens())} tokens)")
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -176,7 +246,8 @@ def request_keywords(args: argparse.Namespace) -> dict[str, Any]:
     if given.get("memory") == "machine":
         del given["memory"]  # what loading does by itself
     Request.from_dict(given)
-    return given
+    running = {name: getattr(args, name) for name in RUNNING}
+    return {**given, **{name: value for name, value in running.items() if value is not None}}
 
 
 @contextmanager

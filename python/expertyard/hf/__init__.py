@@ -19,6 +19,7 @@ from .config import ExpertsConfig
 from .load import from_pretrained
 from .module import ExpertyardExperts
 from .quantizer import ExpertyardHfQuantizer
+from .running import deferral_error, layers_of, move, recording, set_policy
 from .verification import LayerReport, VerifyReport, verify
 
 __all__ = [
@@ -28,8 +29,13 @@ __all__ = [
     "LayerReport",
     "VerifyReport",
     "attach",
+    "deferral_error",
     "detach",
     "from_pretrained",
+    "layers_of",
+    "move",
+    "recording",
+    "set_policy",
     "verify",
 ]
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from ..dispatch import RunOptions
+from ..dispatch.parallel import ranks_of
 from ..errors import ConfigError, KernelError
 from .binding import bind, lay_out_as_declared, unbind
 from .config import ExpertsConfig
@@ -38,28 +40,33 @@ def attach(model: Any, config: ExpertsConfig | None = None) -> Any:
     modules = find_experts(model)
     if outside := [name for name, module in modules.items() if is_outside(module)]:
         raise KernelError(
-            f"{outside[0]} ({type(modules[outside[0]]).__name__}) does not use transformers' experts "
-            "interface, so it cannot be attached. Load the model with expertyard.from_pretrained()."
+            f"{outside[0]} ({type(modules[outside[0]]).__name__}) does not use transformers' "
+            "experts interface, so it cannot be attached. Load the model with expertyard.from_pretrained()."
         )
     layouts = {name: recognise(module, name) for name, module in modules.items()}
-    plan = None
+    plan, options = None, RunOptions()
     if config is None:
         promises = tuple(
-            Promised(name, layer_number(name), layout, None, None)
-            for name, layout in layouts.items()
+            Promised(name, layer_number(name), layout) for name, layout in layouts.items()
         )
     else:
         if not isinstance(config, ExpertsConfig):
             raise ConfigError(f"attach: expected an ExpertsConfig, got {type(config).__name__}.")
         dtype = next(next(iter(modules.values())).parameters()).dtype
+        options = config.options
+        if options.defer:
+            raise ConfigError("attach: defer works for models loaded with ExpertsConfig only.")
         plan, promises = make_promises(config, model.config.to_dict(), layouts, dtype)
-    how: dict[str, Any] = {} if config is None else {"search": config.search, "mode": config.mode}
+    if any(p.placement is not None and ranks_of([p.placement]) for p in promises):
+        raise ConfigError(
+            "attach: experts of other processes are for models loaded with ExpertsConfig only."
+        )
     done: list[nn.Module] = []
     try:
         for promised in promises:
             module = modules[promised.name]
             done.append(module)
-            bind(module, promised.device, promised.format, **how).packed()
+            bind(module, promised.placement, options, promised.layer).experts()
             _cover(module)
     except BaseException:
         for module in done:
@@ -69,7 +76,7 @@ def attach(model: Any, config: ExpertsConfig | None = None) -> Any:
         replace(promised, home=str(modules[promised.name].down_proj.device))
         for promised in promises
     )
-    remember(model, Promise("attach", plan, promises))
+    remember(model, Promise("attach", plan, promises, options))
     return model
 
 

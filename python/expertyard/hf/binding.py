@@ -9,17 +9,18 @@ used after its memory is gone.
 
 import itertools
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..dispatch import LayerExperts, PartPlan, Placement, RunOptions, make_policy
 from ..errors import KernelError
-from ..formats import get_format
-from ..loading import DTYPES, ExpertsLayout, LayerSource, Whole, assemble
-from ..loading.in_memory import InMemory
-from ..weights import PackedExperts
+from ..loading import ExpertsLayout
+from ..weights import FORMAT_OF_DTYPE
 from .layers import recognise
+from .parts import experts_of_tensors
 
 __all__ = [
     "Binding",
@@ -37,97 +38,93 @@ _modules: "weakref.WeakValueDictionary[int, nn.Module]" = weakref.WeakValueDicti
 
 
 class Binding:
-    """The packed experts of one module, made when first asked for and whenever parameters change.
+    """The experts of one module, made when first asked for and whenever parameters change.
 
-    device, format  where and how a plan wants them; None means: as the parameters are.
-    search, mode    how they are quantised and computed, if the format is a quantised one
+    placement  where and how a plan wants them; None means: as the parameters are.
     """
 
     def __init__(
         self,
         module: nn.Module | None,
         layout: ExpertsLayout,
-        device: str | None = None,
-        format: str | None = None,
-        search: bool = False,
-        mode: str = "exact",
+        placement: Placement | None = None,
+        options: RunOptions | None = None,
+        layer: int = 0,
     ) -> None:
         self.layout = layout
-        self.device = device
-        self.format = format
-        self.search, self.mode = search, mode
+        self.placement = placement
+        self.options = options or RunOptions()
+        self.layer = layer
         self.key = next(_keys)
         if module is not None:
             _modules[self.key] = module
         self._owner = None if module is None else weakref.ref(module)
         self._made_from: tuple[Any, ...] | None = None
-        self._packed: PackedExperts | None = None
+        self._experts: LayerExperts | None = None
 
     def belongs_to(self, module: nn.Module) -> bool:
         return self._owner is not None and self._owner() is module
 
     def for_module(self, module: nn.Module | None) -> "Binding":
         """The same wishes for another module, such as a copy of this one."""
-        return Binding(module, self.layout, self.device, self.format, self.search, self.mode)
+        return Binding(module, self.layout, self.placement, self.options, self.layer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
         return self.for_module(None)  # the copied module has parameters of its own
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Binding, (None, self.layout, self.device, self.format, self.search, self.mode)
+        return Binding, (None, self.layout, self.placement, self.options, self.layer)
 
-    def packed(self) -> PackedExperts:
-        """The packed experts of the parameters as they are now."""
+    def experts(self) -> LayerExperts:
+        """The experts of the parameters as they are now."""
         module = None if self._owner is None else self._owner()
         assert module is not None, "bindings are reached through their module"
         parameters = [
             parameter for parameter in module._parameters.values() if parameter is not None
         ]
         state = tuple(_state(parameter) for parameter in parameters)
-        if self._packed is None or state != self._made_from:
-            self._packed = None  # the old ones go before the new ones come
+        if self._experts is None or state != self._made_from:
+            before, self._experts = self._experts, None  # the old go before the new come
+            moved = {} if before is None else before.moved
+            after = None if before is None else before.after
+            first = before is None
+            del before
             if self.layout.transposed:
                 lay_out_for_kernels(module)
                 state = tuple(_state(parameter) for parameter in parameters)
-            self._packed = self._pack(module)
+            self._experts = self._make(module)
+            for expert, device in moved.items():
+                self._experts.move(expert, device)
+            self._experts.after = (
+                make_policy(self.options.policy, self._experts) if first else after
+            )
             self._made_from = state
-        return self._packed
+        return self._experts
 
-    def _pack(self, module: nn.Module) -> PackedExperts:
-        if self.format is not None and get_format(self.format).base not in DTYPES:
-            return self._quantise(module, self.format)
-        layout = self.layout
-        gate_up, down = _parameter(module, "gate_up_proj"), _parameter(module, "down_proj")
-        if layout.transposed:
-            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-        gate_up_bias = down_bias = None
-        if layout.has_bias:
-            gate_up_bias = _parameter(module, "gate_up_proj_bias")
-            down_bias = _parameter(module, "down_proj_bias")
-        dtype = DTYPES[self.format] if self.format is not None else gate_up.dtype
-        device = torch.device(self.device) if self.device is not None else gate_up.device
-        return PackedExperts.from_tensors(
-            gate_up.to(device, dtype),  # no copy where device and dtype already are the plan's
-            down.to(device, dtype),
-            gate_up_bias=None if gate_up_bias is None else gate_up_bias.to(device),
-            down_bias=None if down_bias is None else down_bias.to(device),
-            activation=layout.activation,
-            interleaved=layout.interleaved,
-            alpha=layout.alpha,
-            limit=layout.limit,
-        )
-
-    def _quantise(self, module: nn.Module, format: str) -> PackedExperts:
-        names = list(self.layout.parameter_shapes())
-        parameters = {name: _parameter(module, name) for name in names}
-        owner = type(module).__name__
-        return assemble(
-            InMemory(parameters, owner),
-            LayerSource(owner, self.layout, {name: Whole(name) for name in names}),
-            format=format,
-            device=self.device or str(parameters[names[0]].device),
-            search=self.search,
-            mode=self.mode,
+    def _make(self, module: nn.Module) -> LayerExperts:
+        names = ["gate_up_proj", "down_proj"]
+        if self.layout.has_bias:
+            names += ["gate_up_proj_bias", "down_proj_bias"]
+        tensors = {name: _parameter(module, name) for name in names}
+        if self.layout.transposed:
+            for name in names[:2]:
+                tensors[name] = tensors[name].transpose(1, 2)
+        gate_up = tensors["gate_up_proj"]
+        home = str(gate_up.device)
+        placement = self.placement
+        if placement is None:
+            if gate_up.dtype not in FORMAT_OF_DTYPE:
+                known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FORMAT_OF_DTYPE)
+                raise KernelError(
+                    f"{type(module).__name__}: expected weights in {known}, got {gate_up.dtype}."
+                )
+            ids = tuple(range(self.layout.num_experts))
+            format, op = FORMAT_OF_DTYPE[gate_up.dtype], gate_up.device.type
+            placement = Placement(home, (PartPlan(ids, home, format, op, "as they are"),))
+        # the dense part of the model stays where it is, and so do hidden states
+        placement = replace(placement, home=home)
+        return experts_of_tensors(
+            self.layout, tensors, placement, layer=self.layer, options=self.options
         )
 
 
@@ -150,18 +147,16 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
 
 def bind(
     module: nn.Module,
-    device: str | None = None,
-    format: str | None = None,
-    *,
-    search: bool = False,
-    mode: str = "exact",
+    placement: Placement | None = None,
+    options: RunOptions | None = None,
+    layer: int = 0,
 ) -> Binding:
     """A new binding for the module, which keeps it; replaces an older one.
 
     Raises KernelError if the module's experts cannot be recognised.
     """
     layout = recognise(module, "experts")
-    return _keep(module, Binding(module, layout, device, format, search, mode))
+    return _keep(module, Binding(module, layout, placement, options, layer))
 
 
 def binding_of(module: nn.Module) -> Binding | None:

@@ -8,9 +8,8 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import ConfigError
+from ..dispatch import RunOptions
 from ..plan import Request
-from ..weights import MODES
 
 __all__ = ["PACKED", "QUANT_METHOD", "ExpertsConfig"]
 
@@ -23,23 +22,20 @@ class ExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Takes the keywords of expertyard.Request, which are those of `expertyard plan`:
     rules, layers, memory, format, context and so on. Without `format`, experts keep the model's
-    dtype (bf16, fp16 or fp32), or the format that a quantised checkpoint has.
-    And of its own, how weights are quantised and computed:
-
-    search  True: look for the scales with the least squared error; slower to load (default False)
-    mode    of the CPU kernels: "exact" (activations as they are) or "fast" (quantised to 8 bits)
-
+    dtype (bf16, fp16 or fp32), or the format that a quantised checkpoint has. And those of
+    expertyard.dispatch.RunOptions, which say how the plan is run: search, mode, policy,
+    out_of_memory, timeout, prefill_tokens, tokens, defer.
     Raises ConfigError for a keyword that does not exist.
 
         from_pretrained(path, quantization_config=ExpertsConfig(rules="rules.yaml"))
     """
 
-    # what `help(ExpertsConfig)` and editors show: Request's keywords, said once, and ours
+    # what `help(ExpertsConfig)` and editors show: the keywords of both, said once
     __signature__ = inspect.Signature(
         [
-            *inspect.signature(Request).parameters.values(),
-            inspect.Parameter("search", inspect.Parameter.KEYWORD_ONLY, default=False),
-            inspect.Parameter("mode", inspect.Parameter.KEYWORD_ONLY, default="exact"),
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for known in (Request, RunOptions)
+            for parameter in inspect.signature(known).parameters.values()
         ]
     )
 
@@ -47,20 +43,18 @@ class ExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         for name in ("quant_method", PACKED):  # in a dictionary that to_dict() or pack has made
             request.pop(name, None)
         self.quant_method = QUANT_METHOD
-        self.given = dict(request)
-        self.search: bool = request.pop("search", False)
-        self.mode: str = request.pop("mode", "exact")
-        if not isinstance(self.search, bool):
-            raise ConfigError(f"search: expected True or False, got {self.search!r}.")
-        if self.mode not in MODES:
-            raise ConfigError(f"mode: expected {' or '.join(MODES)}, got {self.mode!r}.")
-        self.request: Request = Request.from_dict(request)
+        self.given = request
+        running = {name: request[name] for name in RunOptions.names() if name in request}
+        self.options = RunOptions.from_dict(running)
+        self.request: Request = Request.from_dict(self._placement())
 
     def for_dtype(self, dense: str, experts: str | None = None) -> Request:
         """The request, with the model's own formats where the user has not named one."""
-        kept = {"format": experts or dense, "dense_format": dense, **self.given}
-        own = {name: kept[name] for name in kept if name not in ("search", "mode")}
-        return dataclasses.replace(self.request, **own)
+        kept = {"format": experts or dense, "dense_format": dense, **self._placement()}
+        return dataclasses.replace(self.request, **kept)
+
+    def _placement(self) -> dict[str, Any]:
+        return {key: value for key, value in self.given.items() if key not in RunOptions.names()}
 
     def to_dict(self) -> dict[str, Any]:
         """quant_method and the keywords that were given."""

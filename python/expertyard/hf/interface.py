@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..ops import refuse_backward
 from .binding import Binding, bind, binding_of, bound_module
-from .module import run
 
 __all__ = ["experts_forward"]
 
@@ -29,7 +28,7 @@ def experts_forward(
         key: int = _key(self)
         out: Tensor = _moe_experts_of(hidden_states, top_k_index, top_k_weights, key)
         return out
-    return run(_bound(self).packed(), hidden_states, top_k_index, top_k_weights)
+    return _bound(self).experts()(hidden_states, top_k_index, top_k_weights)
 
 
 def _bound(module: nn.Module) -> Binding:
@@ -40,7 +39,7 @@ def _bound(module: nn.Module) -> Binding:
 def _key(module: nn.Module) -> int:
     # Runs while tracing, with the real module.
     binding = _bound(module)
-    binding.packed()  # parameters are laid out now, before a graph has seen their strides
+    binding.experts()  # parameters are laid out now, before a graph has seen their strides
     return binding.key
 
 
@@ -48,7 +47,8 @@ def _key(module: nn.Module) -> int:
 def _moe_experts_of(
     hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, module_key: int
 ) -> Tensor:
-    return run(_bound(bound_module(module_key)).packed(), hidden_states, topk_ids, topk_weights)
+    experts = _bound(bound_module(module_key)).experts()
+    return experts.run(hidden_states, topk_ids, topk_weights)
 
 
 @_moe_experts_of.register_fake

@@ -9,44 +9,35 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..dispatch import LayerExperts
 from ..errors import KernelError
 from ..loading import ExpertsLayout
-from ..ops import moe_experts
-from ..weights import PackedExperts
 
-__all__ = ["ExpertyardExperts", "run"]
-
-
-def run(packed: PackedExperts, hidden_states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """moe_experts() where the packed experts are; the result is back where hidden_states are."""
-    here, there = hidden_states.device, packed.device
-    if here == there:
-        return moe_experts(hidden_states, ids, weights, packed)
-    return moe_experts(hidden_states.to(there), ids.to(there), weights.to(there), packed).to(here)
+__all__ = ["ExpertyardExperts"]
 
 
 class ExpertyardExperts(nn.Module):
     """Drop-in for `mlp.experts`: forward(hidden_states, top_k_index, top_k_weights)."""
 
-    packed: PackedExperts | None
+    experts: LayerExperts | None
 
     def __init__(self, layout: ExpertsLayout, config: Any = None) -> None:
         super().__init__()
         self.layout = layout
         self.config = config
         self.num_experts = layout.num_experts
-        self.packed = None  # until the checkpoint's experts have been read
+        self.experts = None  # until the checkpoint's experts have been read
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[num_tokens, hidden_size] -> the same shape, dtype and device."""
-        packed = self.packed
-        if packed is None:
+        experts = self.experts
+        if experts is None:
             raise KernelError("These experts hold no weights: loading the model did not finish.")
-        return run(packed, hidden_states, top_k_index, top_k_weights)
+        return experts(hidden_states, top_k_index, top_k_weights)
 
     def extra_repr(self) -> str:
-        layout, packed = self.layout, self.packed
-        where = "empty" if packed is None else f"{packed.format} on {packed.device}"
+        layout, experts = self.layout, self.experts
+        where = "empty" if experts is None else str(experts.placement)
         return (
             f"num_experts={layout.num_experts}, hidden_size={layout.hidden_size}, "
             f"intermediate_size={layout.intermediate_size}, {layout.activation}, {where}"

@@ -7,11 +7,15 @@ to the first layer's, and a forward hook brings each one's inputs to where it is
 are of no use here: to them "cpu" means storage, and they would compute everything on a GPU.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from .. import virtual
+from ..devices import to_device, torch_device
+from ..dispatch import bring
 from ..plan import Plan
 from .state import Promised
 
@@ -19,49 +23,104 @@ __all__ = ["place_dense"]
 
 
 def place_dense(model: nn.Module, plan: Plan, promises: tuple[Promised, ...]) -> None:
-    """Moves parameters and buffers; packed experts are none and stay."""
+    """Moves parameters and buffers; packed experts are none and stay.
+
+    A parameter that modules of several devices share is copied to each.
+    Raises torch.OutOfMemoryError if a device has no room.
+    """
     devices = {layer.layer: layer.device for layer in plan.layers}
     first = devices[min(devices)]
-    model.to(first)
-    if {*devices.values(), *plan.modules.values()} == {first}:
+    if {*devices.values(), *plan.modules.values()} == {first} and virtual.gpu(first) is None:
+        model.to(torch_device(first))
         return
-    here = dict(model.named_modules())
-    for name, device in plan.modules.items():
-        if name in here:
-            here[name].to(device)
     stacks = sorted({promised.name.partition(f".{promised.layer}.")[0] for promised in promises})
-    for stack in stacks:
-        for number, layer in enumerate(model.get_submodule(stack).children()):
-            layer.to(devices[number])
-    for module in _stations(model, stacks):
-        module.register_forward_pre_hook(_bring_inputs, with_kwargs=True)
+    layers = {
+        f"{stack}.{number}": devices[number]
+        for stack in stacks
+        for number in range(len(list(model.get_submodule(stack).children())))
+    }
+    wanted = {**dict(plan.modules), **layers}
+    placed: dict[tuple[int, str], torch.Tensor] = {}
+    for name, module in model.named_modules():
+        _place(module, _device_of(name, wanted, first), placed)
+    for name in _stations(model, stacks):
+        station = _Station(_device_of(name, wanted, first))
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(station.before, with_kwargs=True)
+        if virtual.number():
+            module.register_forward_hook(station.after, always_call=True)
 
 
-def _stations(model: nn.Module, stacks: list[str]) -> list[nn.Module]:
+def _device_of(name: str, wanted: dict[str, str], first: str) -> str:
+    """The device of the longest name that this one is, or is in."""
+    while name and name not in wanted:
+        name = name.rpartition(".")[0]
+    return wanted.get(name, first)
+
+
+def _place(module: nn.Module, device: str, placed: dict[tuple[int, str], torch.Tensor]) -> None:
+    """Moves what belongs to the module itself. placed: (id of what was, device) -> what is now."""
+    for table in (module._parameters, module._buffers):
+        for name, tensor in table.items():
+            if tensor is None:
+                continue
+            key = id(tensor), device
+            if key not in placed:
+                moved = to_device(tensor.detach(), device)
+                if isinstance(tensor, nn.Parameter):
+                    moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
+                    moved.__dict__.update(tensor.__dict__)
+                if virtual.number():
+                    virtual.mark(moved, device)
+                placed[key] = moved
+                placed[id(moved), device] = moved  # so that its id stays its own
+            table[name] = placed[key]  # type: ignore[assignment]
+
+
+def _stations(model: nn.Module, stacks: list[str]) -> list[str]:
     """The decoder layers, and the modules beside and above them that own weights."""
-    found: list[nn.Module] = []
+    found: list[str] = []
     for stack in stacks:
-        found.extend(model.get_submodule(stack).children())
+        found.extend(f"{stack}.{name}" for name, _ in model.get_submodule(stack).named_children())
         path = stack.split(".")
         for depth in range(len(path)):
-            parent = model.get_submodule(".".join(path[:depth]))
-            beside = (child for name, child in parent.named_children() if name != path[depth])
-            found.extend(child for child in beside if next(child.parameters(), None) is not None)
+            above = ".".join(path[:depth])
+            for name, child in model.get_submodule(above).named_children():
+                if name != path[depth] and next(_tensors_of(child), None) is not None:
+                    found.append(f"{above}.{name}" if above else name)
     return list(dict.fromkeys(found))
 
 
-def _bring_inputs(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    device = next(module.parameters()).device
-    moved = tuple(_to(value, device) for value in args)
-    return moved, {key: _to(value, device) for key, value in kwargs.items()}
+def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
 
 
-def _to(value: Any, device: torch.device) -> Any:
+class _Station:
+    """A module to whose device inputs are brought."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.outer: list[str | None] = []
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        moved = tuple(_to(value, self.device) for value in args)
+        there = {key: _to(value, self.device) for key, value in kwargs.items()}
+        if virtual.number():
+            self.outer.append(virtual.enter(self.device))
+        return moved, there
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.outer:
+            virtual.leave(self.outer.pop())
+
+
+def _to(value: Any, device: str) -> Any:
     """A tensor, or tensors in a tuple, list or dict, on `device`; anything else as it is."""
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        return bring(value, device)
     if type(value) in (tuple, list):
         return type(value)(_to(item, device) for item in value)
     if type(value) is dict:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from ..devices import machine_memory, unusable_devices
-from ..dispatch import check_devices, place_experts
+from ..dispatch import Placement, check_devices, place_experts, split_rank
 from ..errors import LoadError
 from ..formats import format_names, get_format, variant_names
 from ..loading import DTYPES, ExpertsLayout
+from ..memory import UNLIMITED
 from ..plan import Plan, make_plan
 from ..spec import ModelSpec
 from .config import ExpertsConfig
@@ -52,19 +53,18 @@ def make_promises(
     plan = make_plan(spec, request, None).check()
     check_devices(plan, memory.keys(), unusable_devices())
     if request.memory is None:
-        plan = make_plan(spec, request, memory).check()
+        elsewhere = {
+            name: UNLIMITED - 1 for name in plan.devices if split_rank(name)[0] is not None
+        }
+        plan = make_plan(spec, request, {**memory, **elsewhere}).check()
     numbers = {name: layer_number(name) for name in layouts}
-    placements = place_experts(plan, numbers, runnable_formats())
-    formats = {
-        name: own[name]
-        if name in own and placement.format == widest
-        else get_format(placement.format).name
-        for name, placement in placements.items()
+    placements = {
+        name: _with_own(placement, own.get(name), widest)
+        for name, placement in place_experts(plan, numbers, runnable_formats()).items()
     }
-    plan = _with_formats(plan, {numbers[name]: formats[name] for name in layouts})
+    plan = _with_formats(plan, {numbers[name]: own[name] for name in own}, widest)
     promises = tuple(
-        Promised(name, numbers[name], layout, placements[name].device, formats[name])
-        for name, layout in layouts.items()
+        Promised(name, numbers[name], layout, placements[name]) for name, layout in layouts.items()
     )
     return plan, promises
 
@@ -78,14 +78,26 @@ def _bytes(format: str) -> int:
     return get_format(format).matrix_bytes(1024, 1024)
 
 
-def _with_formats(plan: Plan, formats: Mapping[int, str]) -> Plan:
+def _with_own(placement: Placement, own: str | None, widest: str | None) -> Placement:
+    """The placement with canonical names of formats, and what a module has of its own."""
+    parts = tuple(
+        replace(part, format=own if own and part.format == widest else get_format(part.format).name)
+        for part in placement.parts
+    )
+    return replace(placement, parts=parts)
+
+
+def _with_formats(plan: Plan, own: Mapping[int, str], widest: str | None) -> Plan:
     """The plan as it will be obeyed: layers of a mixed checkpoint keep formats of their own."""
     layers = tuple(
         replace(
             layer,
-            experts=tuple(replace(group, format=formats[layer.layer]) for group in layer.experts),
+            experts=tuple(
+                replace(group, format=own[layer.layer]) if group.format == widest else group
+                for group in layer.experts
+            ),
         )
-        if layer.experts is not None and layer.layer in formats
+        if layer.experts is not None and layer.layer in own
         else layer
         for layer in plan.layers
     )

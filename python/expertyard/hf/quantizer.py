@@ -9,7 +9,7 @@ come from the same files by our own loader, to where the plan says.
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from ..dispatch import LayerExperts, RunOptions, join, make_policy
 from ..errors import ConfigError, LoadError
-from ..loading import Checkpoint, LayerSource, assemble, check, layer_bytes, metered, native_format
+from ..loading import Checkpoint, LayerSource, check, layer_bytes, metered, native_format
 from ..loading.expert import keys_of
 from ..loading.packed_folder import PackedFolder, is_packed
 from ..plan import Plan
@@ -31,9 +32,11 @@ from .config import QUANT_METHOD, ExpertsConfig
 from .layers import find_experts, recognise
 from .module import ExpertyardExperts
 from .outside import replacement
+from .parts import load_experts, map_experts
 from .place import place_dense
 from .planning import make_promises
 from .reading import Reading, current_reading
+from .running import layers_of, link
 from .sources import find_sources
 from .state import Promise, Promised, remember
 
@@ -96,7 +99,14 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
             native=native,
         )
         if read.packed is not None:
-            read.packed.check_formats({p.name: p.format for p in promises})
+            wanted = [
+                (p.name, part.format)
+                for p in promises
+                if p.placement is not None
+                for part in p.placement.parts
+            ]
+            for name, format in wanted:
+                read.packed.check_formats({name: format})
         for name, module in modules.items():
             parent, _, leaf = name.rpartition(".")
             instead = replacement(module, layouts[name], getattr(module, "config", model.config))
@@ -121,45 +131,37 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return Reading(checkpoint, tuple(sources), folder=folder)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        read, plan = self._reading, self._plan
+        read, plan, options = self._reading, self._plan, self.quantization_config.options
         assert read is not None and plan is not None
-        if read.packed is not None:
-            for promised in self._promises:
-                self._experts(model, promised.name).packed = read.packed.experts(
-                    promised.name, promised.layout, str(promised.device), mode=self._mode
-                )
-        else:
-            self._pack(model, read)
+        shared = join([p.placement for p in self._promises if p.placement is not None], options)
+        for promised, experts in self._made(read, options, shared):
+            module = model.get_submodule(promised.name)
+            assert isinstance(module, ExpertyardExperts)
+            experts.after = make_policy(options.policy, experts)
+            module.experts = experts
         place_dense(model, plan, self._promises)
-        remember(model, Promise("load", plan, self._promises))
+        remember(model, Promise("load", plan, self._promises, options))
+        link(list(layers_of(model).values()))
         self._reading = None  # what is mapped is kept by the packed experts
         return model
 
-    @property
-    def _mode(self) -> str:
-        return str(self.quantization_config.mode)
-
-    def _experts(self, model: nn.Module, name: str) -> ExpertyardExperts:
-        experts = model.get_submodule(name)
-        assert isinstance(experts, ExpertyardExperts)
-        return experts
-
-    def _pack(self, model: nn.Module, read: Reading) -> None:
+    def _made(
+        self, read: Reading, options: RunOptions, shared: Any
+    ) -> Iterator[tuple[Promised, LayerExperts]]:
+        """Each layer's experts, read or mapped, with a progress bar if it takes long."""
+        if read.packed is not None:
+            for promised in self._promises:
+                yield promised, map_experts(read.packed, promised, options, shared)
+            return
         checkpoint = read.checkpoint
         assert checkpoint is not None
         total = sum(layer_bytes(checkpoint, source) for source in read.sources)
         with metered(total, "Packing experts") as meter:
             for source, promised in zip(read.sources, self._promises, strict=True):
-                assert promised.device is not None and promised.format is not None
-                self._experts(model, source.name).packed = assemble(
-                    checkpoint,
-                    source,
-                    format=promised.format,
-                    device=promised.device,
-                    search=self.quantization_config.search,
-                    mode=self._mode,
-                    advance=meter.advance,
+                experts = load_experts(
+                    checkpoint, source, promised, options, shared, advance=meter.advance
                 )
+                yield promised, experts
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return False  # the checkpoint that was loaded still is the model's; nothing to save

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Expertyard has promised about a model: kept on the model, read by verify() and detach()."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
+from ..dispatch import Placement, RunOptions
 from ..loading import ExpertsLayout
 from ..plan import Plan
 
@@ -15,7 +16,7 @@ _ATTRIBUTE = "_expertyard"
 
 @dataclass(frozen=True)
 class Promised:
-    """One experts module. device and format are the plan's; None where no plan was made.
+    """One experts module. placement is the plan's; None where no plan was made.
 
     home  where its parameters were when it was attached; None if it has none (road A)
     """
@@ -23,8 +24,7 @@ class Promised:
     name: str
     layer: int
     layout: ExpertsLayout
-    device: str | None
-    format: str | None
+    placement: Placement | None = None
     home: str | None = None
 
 
@@ -35,6 +35,7 @@ class Promise:
     road: str
     plan: Plan | None
     layers: tuple[Promised, ...]
+    options: RunOptions = field(default_factory=RunOptions)
 
 
 def remember(model: nn.Module, promise: Promise) -> None:

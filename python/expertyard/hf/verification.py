@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """verify(): proof, by running them, that all experts are on our kernels and where they should be.
 
-Each experts module is called with one token, and the native counter of its packed experts must say
-that a kernel served exactly one call. What a configuration claims does not count.
+Each experts module is called with a token for each device that has some of its experts, and the
+native counter there must say that a kernel served exactly one call. What a configuration claims
+does not count.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..errors import VerifyError
+from ..devices import device_of
+from ..dispatch import LayerExperts, split_rank
+from ..errors import PlanError, VerifyError
 from ..registration import IMPLEMENTATION
 from ..weights import PackedExperts
 from .attachment import covered
@@ -27,7 +30,7 @@ __all__ = ["LayerReport", "VerifyReport", "verify"]
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One experts layer: what runs it, where, and what it holds."""
+    """The experts of one layer on one device: what runs them, and what is there."""
 
     layer: int
     name: str
@@ -64,7 +67,7 @@ class VerifyReport:
 
 
 def verify(model: Any) -> VerifyReport:
-    """Runs one token through every experts layer and reports what computed it.
+    """Runs a token through every part of every experts layer and reports what computed it.
 
     Raises VerifyError, naming every layer at fault, if a layer does not run on a kernel of ours, or
     not on the device and in the format of the plan, or if the plan and the model know different
@@ -85,13 +88,13 @@ def verify(model: Any) -> VerifyReport:
         f"{name}: the plan has it, the model has no experts module there any more"
         for name in promised.keys() - modules.keys()
     ]
-    reports = []
+    reports: list[LayerReport] = []
     for name, module in modules.items():
         fault = _misplaced(name, module, promise, promised.get(name))
         if fault is None:
-            result = _run_one_token(name, module, promised.get(name), dtype)
-            if isinstance(result, LayerReport):
-                reports.append(result)
+            result = _run_tokens(name, module, promised.get(name), dtype)
+            if not isinstance(result, str):
+                reports.extend(result)
                 continue
             fault = result
         faults.append(f"{name}: {fault}")
@@ -110,7 +113,7 @@ def _misplaced(
     if promise is not None and promised is None:
         return f"the plan does not have this layer, which {type(module).__name__} runs"
     if isinstance(module, ExpertyardExperts):
-        return None if module.packed is not None else "it holds no weights: loading did not finish"
+        return None if module.experts is not None else "it holds no weights: loading did not finish"
     if promise is not None and promise.road == "load":
         return f"it was replaced by {type(module).__name__} after loading"
     if promise is not None:
@@ -129,50 +132,94 @@ def _misplaced(
     return None
 
 
-def _run_one_token(
+def _run_tokens(
     name: str, module: nn.Module, promised: Promised | None, dtype: torch.dtype
-) -> LayerReport | str:
-    """The layer's report, or what is wrong with it."""
+) -> list[LayerReport] | str:
+    """A token for each part of the layer; the parts' reports, or what is wrong with the layer."""
     parameter = next(module.parameters(), None)
     device = torch.device("cpu")
     if parameter is not None and parameter.device.type != "meta":
         device, dtype = parameter.device, parameter.dtype
-    ids = torch.zeros((1, 1), dtype=torch.int64, device=device)
-    weights = torch.ones((1, 1), dtype=dtype, device=device)
     try:
-        packed = _packed(module)
-        before = 0 if packed is None else packed.calls
         layout = module.layout if isinstance(module, ExpertyardExperts) else recognise(module, name)
-        hidden_states = torch.full((1, layout.hidden_size), 0.5, dtype=dtype, device=device)
+        before = _experts(module)
+        parts = [] if before is None else before.parts
+        first = [part.packed.here()[0] for part in parts] or [0]
+        if before is not None and before.group is not None and promised is not None:
+            # all processes must ask for the same
+            assert promised.placement is not None
+            first = [part.ids[0] for part in promised.placement.parts]
+        ids = torch.tensor(first, device=device)[:, None]
+        weights = torch.ones(ids.shape, dtype=dtype, device=device)
+        shape = (len(first), layout.hidden_size)
+        hidden_states = torch.full(shape, 0.5, dtype=dtype, device=device)
+        calls = [part.packed.calls for part in parts]
         with torch.no_grad():
             module(hidden_states, ids, weights)
     except Exception as error:
         return f"it cannot run: {error}"
-    again = _packed(module)
-    if again is not None and again.device.type == "cuda":
-        torch.cuda.synchronize(again.device)  # the count is taken when the kernel has run
-    calls = 0 if again is None else again.calls - (before if again is packed else 0)
-    kernel = None if again is None else again.last_kernel
-    if again is None or kernel is None or calls != 1:
-        return f"expected one call of a kernel of ours, counted {calls}"
-    packed = again
-    if promised is not None and promised.device not in (None, str(packed.device)):
-        return f"the plan says {promised.device}, its experts are on {packed.device}"
-    if promised is not None and promised.format not in (None, packed.format):
-        return f"the plan says {promised.format}, its experts are {packed.format}"
-    return LayerReport(
-        layer=layer_number(name),
-        name=name,
-        kernel=kernel,
-        device=str(packed.device),
-        format=packed.format,
-        num_experts=packed.num_experts,
-        nbytes=packed.nbytes,
-    )
+    experts = _experts(module)
+    if experts is None:
+        return "expected one call of a kernel of ours, counted 0"
+    if experts is not before:  # packed anew, by this very call
+        calls = [0] * len(experts.parts)
+    found = []
+    for part, called in zip(experts.parts, calls, strict=True):
+        if part.packed.device.type == "cuda":
+            torch.cuda.synchronize(part.packed.device)  # the count is taken when the kernel has run
+        count = part.packed.calls - called
+        kernel = "torch" if part.op == "torch" else part.packed.last_kernel
+        expected = 0 if part.op == "torch" else 1
+        if experts.group is not None:  # one call for other processes' tokens, one for its own
+            count = min(count, expected)
+        if kernel is None or count != expected:
+            return f"expected one call of a kernel of ours, counted {count} (on {part.device})"
+        found.append(
+            LayerReport(
+                layer=layer_number(name),
+                name=name,
+                kernel=kernel,
+                device=part.device,
+                format=part.packed.format,
+                num_experts=len(part.packed.here()),
+                nbytes=part.packed.nbytes,
+            )
+        )
+    return _elsewhere(experts, promised) or found
 
 
-def _packed(module: nn.Module) -> PackedExperts | None:
+def _elsewhere(experts: LayerExperts, promised: Promised | None) -> str | None:
+    """The first expert that is not where, or not in the format, that the plan says."""
+    if promised is None or promised.placement is None:
+        return None
+    own = (None, None if experts.group is None else experts.group.rank)
+    for part in promised.placement.parts:
+        if split_rank(part.device)[0] not in own:
+            continue  # another process has these
+        for expert in part.ids:
+            wanted = experts.moved.get(expert, part.device)
+            try:
+                there = experts.part_of(expert)
+            except PlanError as error:
+                return str(error)
+            if there.device != wanted:
+                return f"the plan says {wanted}, its expert {expert} is on {there.device}"
+            if there.packed.format != part.format:
+                return f"the plan says {part.format}, its experts are {there.packed.format}"
+            actual = _device_of_memory(there.packed)
+            if actual != split_rank(wanted)[1]:
+                return f"the plan says {wanted}, the memory of its experts is on {actual}"
+    return None
+
+
+def _device_of_memory(packed: PackedExperts) -> str:
+    """Where the memory of the first expert really is."""
+    gate = next(tensor for tensor in packed.expert(packed.here()[0]) or () if tensor is not None)
+    return device_of(gate)
+
+
+def _experts(module: nn.Module) -> LayerExperts | None:
     if isinstance(module, ExpertyardExperts):
-        return module.packed
+        return module.experts
     binding = binding_of(module)
-    return None if binding is None else binding.packed()
+    return None if binding is None else binding.experts()

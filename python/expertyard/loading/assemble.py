@@ -134,7 +134,7 @@ def assemble(
     if base in DTYPES:
         packed = _plain(checkpoint, source, base, torch.device(device), wanted)
         if advance is not None:
-            advance(layer_bytes(checkpoint, source))
+            advance(layer_bytes(checkpoint, source) * len(wanted) // source.layout.num_experts)
         return packed
     return _packed(
         checkpoint, source, format, device, search, mode, wanted, arena, advance or (lambda n: None)

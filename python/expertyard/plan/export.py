@@ -126,8 +126,9 @@ def _expert_rules(plan: Plan) -> list[tuple[ExpertGroup, tuple[int, ...] | None,
 def _kind(group: ExpertGroup) -> ExpertGroup:
     """The group without its layer's own: ids, bytes, why."""
     return ExpertGroup(
-        (), group.device, group.format, group.op, group.prefill_op, group.out_device, ""
-    )
+        (), group.device, group.format, group.op, group.prefill_op, group.out_device, "",
+        prefill_device=group.prefill_device,
+    )  # fmt: skip
 
 
 def _kt_experts(name: str, group: ExpertGroup, recursive: bool) -> str:
@@ -140,6 +141,8 @@ def _kt_experts(name: str, group: ExpertGroup, recursive: bool) -> str:
         f"      out_device: {group.out_device}",
         f"      format: {group.format}",
     ]
+    if group.prefill_device:
+        lines.insert(-2, f"      prefill_device: {group.prefill_device}")
     if not recursive:
         lines.append("  recursive: False")
     return "\n".join(lines) + "\n"

@@ -25,7 +25,7 @@ from expertyard.plan.problem import (
 from expertyard.plan.request import Request
 from expertyard.plan.solver import best_effort, fits, solve
 from expertyard.rules import Finding, read_pins
-from expertyard.rules.devices import device_order, is_gpu
+from expertyard.rules.devices import device_order, is_gpu, is_remote, local_kind
 from expertyard.rules.pins import HOME
 from expertyard.spec import ModelSpec
 
@@ -180,6 +180,7 @@ def _problem(
         context=request.context,
         batch=request.batch,
     )
+    problem = _with_pins_only(problem)
     if not spec.known_family:
         findings.append(
             Finding(
@@ -190,6 +191,29 @@ def _problem(
             )
         )
     return problem, findings
+
+
+def _with_pins_only(problem: Problem) -> Problem:
+    """Devices of other processes hold what is pinned to them, and have no room for more: this
+    process does not fill another's memory."""
+    pinned: dict[str, int] = {}
+    for number, row in problem.pins.experts.items():
+        for pin in row.values():
+            if is_remote(pin.device):
+                size = problem.slot(number, pin)
+                pinned[pin.device] = pinned.get(pin.device, 0) + size
+    if not any(is_remote(gpu.name) for gpu in problem.gpus):
+        return problem
+    room = problem.workspace(top=False)
+    return replace(
+        problem,
+        gpus=tuple(
+            replace(gpu, capacity=min(gpu.capacity, pinned.get(gpu.name, -room) + room))
+            if is_remote(gpu.name)
+            else gpu
+            for gpu in problem.gpus
+        ),
+    )
 
 
 def _plan(
@@ -284,6 +308,7 @@ def _groups(
                 format=(pin.format if pin else "") or problem.layers[number].format,
                 op=op,
                 prefill_op=(pin.prefill_op if pin else "") or op,
+                prefill_device=pin.prefill_device if pin else "",
                 out_device=home,
                 why=pin.why if pin else "auto",
             )
@@ -297,5 +322,5 @@ def _groups(
 
 def native_op(device: str) -> str:
     """Our kernels' op for a device; plain torch where we have none."""
-    kind = device.partition(":")[0]
+    kind = local_kind(device)
     return kind if kind in ("cpu", "cuda") else "torch"

@@ -22,7 +22,10 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """Experts of one layer that share a fate. `out_device` is where their result is wanted."""
+    """Experts of one layer that share a fate. `out_device` is where their result is wanted.
+
+    prefill_device  where calls of many tokens are computed; "": where prefill_op says
+    """
 
     ids: tuple[int, ...]
     device: str
@@ -32,6 +35,7 @@ class ExpertGroup:
     out_device: str
     why: str
     bytes: int = 0
+    prefill_device: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,9 @@ def _layer_to_json(layer: LayerPlan) -> dict[str, Any]:
         del data["experts"]
     else:
         data["experts"] = [{**_flat(g), "ids": format_ids(g.ids)} for g in layer.experts]
+        for group in data["experts"]:
+            if not group["prefill_device"]:
+                del group["prefill_device"]
     return data
 
 

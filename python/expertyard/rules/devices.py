@@ -11,7 +11,10 @@ MAX_ORDINAL = 1023  # above it is a typing mistake, not a machine
 
 
 def device_name(text: object) -> str | None:
-    """'CUDA0', 'cuda[0]', 'cuda', 0 -> 'cuda:0'; 'CPU' -> 'cpu'. None when it names no device."""
+    """'CUDA0', 'cuda[0]', 'cuda', 0 -> 'cuda:0'; 'CPU' -> 'cpu'; 'rank1/cuda' -> 'rank1/cuda:0'.
+
+    None when it names no device.
+    """
     if isinstance(text, bool):
         return None
     if isinstance(text, int):
@@ -19,6 +22,10 @@ def device_name(text: object) -> str | None:
     if not isinstance(text, str):
         return None
     word = text.strip().lower()
+    rank, slash, local = word.partition("/")
+    if slash:  # a device of another process: rank1/cpu, rank1/cuda:0
+        known = device_name(local) if re.fullmatch(r"rank\d{1,4}", rank) else None
+        return f"rank{int(rank[4:])}/{known}" if known else None
     if word in ("cpu", "host"):
         return "cpu"
     match = _NUMBERED.match(word)
@@ -29,10 +36,21 @@ def device_name(text: object) -> str | None:
 
 
 def is_gpu(device: str) -> bool:
-    return device != "cpu"
+    """Whether it is a GPU of this process."""
+    return device != "cpu" and not is_remote(device)
+
+
+def is_remote(device: str) -> bool:
+    """Whether it belongs to a process that the plan names: rank1/cpu, rank1/cuda:0."""
+    return "/" in device
+
+
+def local_kind(device: str) -> str:
+    """'rank1/cuda:0' -> 'cuda'."""
+    return device.rpartition("/")[2].partition(":")[0]
 
 
 def device_order(device: str) -> tuple[bool, str, int]:
     """Sort key: accelerators by kind and ordinal, the CPU last."""
     kind, _, ordinal = device.partition(":")
-    return (device == "cpu", kind, int(ordinal or 0))
+    return (device == "cpu" or is_remote(device), kind, int(ordinal or 0))

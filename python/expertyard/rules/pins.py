@@ -39,6 +39,7 @@ class Pin:
     why: str
     op: str = ""
     prefill_op: str = ""
+    prefill_device: str = ""
     out_device: str = ""
     format: str = ""
     ids: tuple[int, ...] | None = None

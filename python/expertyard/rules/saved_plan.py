@@ -103,8 +103,12 @@ def _groups(groups: list[Any], where: str, spec: ModelSpec, layer: int) -> tuple
         for key, op in ops.items():
             if op not in ("", "cpu", "cuda", "torch"):
                 raise RuleError(f"{where}: {key}: expected cpu, cuda or torch, got {op!r}.")
+        wanted = group.get("prefill_device", "")
+        prefill_device = device_name(wanted) if wanted else ""
+        if prefill_device is None:
+            raise RuleError(f"{where}: prefill_device: expected a device, got {wanted!r}.")
         seen += ids
-        pins.append(replace(pin, ids=ids, format=fmt, **ops))
+        pins.append(replace(pin, ids=ids, format=fmt, prefill_device=prefill_device, **ops))
     shape = spec.layers[layer].experts
     if sorted(seen) != list(range(shape.num_experts if shape else 0)):
         number = shape.num_experts if shape else 0

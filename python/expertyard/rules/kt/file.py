@@ -17,7 +17,7 @@ from typing import Any
 from expertyard.errors import ConfigError, RuleError
 from expertyard.formats import get_format
 from expertyard.rules import yaml_lines
-from expertyard.rules.devices import device_name
+from expertyard.rules.devices import device_name, local_kind
 from expertyard.rules.kt import names
 from expertyard.rules.pins import Finding
 
@@ -149,7 +149,7 @@ class _Reader:
         op = self.op(kwargs, "generate_op", what, experts)
         if experts and not device:
             device = "cuda:0" if op == "cuda" else "cpu"  # KTransformersExperts' own default
-        if op in ("cpu", "cuda") and op != device.partition(":")[0]:
+        if op in ("cpu", "cuda") and op != local_kind(device):
             text = f"{what}: {kwargs['generate_op']} does not run on {device}; its own is used."
             self.find("error", "op-device-mismatch", kwargs.lines["generate_op"], text)
             op = ""

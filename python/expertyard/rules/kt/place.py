@@ -138,6 +138,7 @@ def _expert_pin(rule: Rule, home: Pin | None, ids: tuple[int, ...] | None) -> Pi
         rule.where,
         op=rule.op,
         prefill_op=rule.prefill_op,
+        prefill_device=rule.prefill_device if rule.prefill_device != rule.device else "",
         out_device=home.device if home else rule.out_device,
         format=rule.format,
         ids=ids,

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer in parts computes what one device computes; errors and time-outs surface as sentences."""
+
+import copy
+import dataclasses
+import json
+import resource
+import threading
+import time
+
+import pytest
+import torch
+
+from expertyard import virtual
+from expertyard.dispatch import (
+    LayerExperts,
+    PartPlan,
+    Placement,
+    Prefill,
+    RunOptions,
+    build,
+    copies,
+    crossover,
+    lanes,
+    measure,
+    spread,
+    tracing,
+)
+from expertyard.dispatch.explain import explain
+from expertyard.errors import DeviceError, KernelError, PlanError
+from expertyard.packing import ExpertPacker
+from expertyard.testing import calc_diff, random_problem
+
+SPLIT = {"cuda:0": (0, 1), "cuda:1": (2, 5), "cpu": (3, 4, 6, 7)}
+
+
+@pytest.fixture(autouse=True)
+def two_gpus(monkeypatch):
+    monkeypatch.setenv(virtual.COUNT, "2")
+
+
+def problem(num_tokens=5, format="fp32", dtype=torch.float32, **options):
+    return random_problem(
+        num_tokens=num_tokens,
+        hidden_size=72,
+        intermediate_size=40,
+        num_experts=8,
+        top_k=3,
+        format=format,
+        hidden_dtype=dtype,
+        **options,
+    )
+
+
+def layer(packed, split=SPLIT, home="cuda:0", prefill=None, **options):
+    parts = tuple(
+        PartPlan(ids, device, packed.format, device.partition(":")[0], "test", prefill)
+        for device, ids in split.items()
+    )
+    made = spread(packed, [(part.ids, part.device) for part in parts])
+    return LayerExperts(Placement(home, parts), made, layer=3, options=RunOptions(**options))
+
+
+def run(experts, p):
+    with torch.inference_mode():
+        return experts(p.hidden_states, p.topk_ids, p.topk_weights)
+
+
+@pytest.mark.parametrize("home", ["cpu", "cuda:0", "cuda:1"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 300])
+def test_parts_add_up(home, bias, interleaved, num_tokens):
+    p = problem(num_tokens, bias=bias, interleaved=interleaved)
+    out = run(layer(p.pack(), home=home), p)
+    assert out.dtype == torch.float32 and calc_diff(out, p.reference()) < 2e-6
+
+
+def test_parts_are_rounded_once():
+    """The sum of bf16 parts would be off by a rounding each; this one is the whole's rounding."""
+    p = problem(64, "bf16", torch.bfloat16)
+    whole, parts = run(layer(p.pack(), {"cpu": tuple(range(8))}, "cpu"), p), run(layer(p.pack()), p)
+    assert (whole != parts).float().mean() < 0.02  # fp32 summation order, at a rounding's edge
+    assert calc_diff(parts, p.reference()) < 3.5e-3
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4", "fp8", "mxfp4"])
+def test_packed_experts_are_spread_and_moved_too(format):
+    p = problem(9, "bf16", torch.bfloat16, bias=True)
+    packer = ExpertPacker(8, 72, 40, format, has_bias=True)
+    for e in range(8):
+        gate, up = p.gate_up[e].chunk(2)
+        gate_bias, up_bias = p.gate_up_bias[e].chunk(2)
+        packer.put(e, gate, up, p.down[e], gate_bias=gate_bias, up_bias=up_bias,
+                   down_bias=p.down_bias[e])  # fmt: skip
+    packed = packer.finish()
+    expected = run(layer(packed, {"cpu": tuple(range(8))}, "cpu"), p)
+    experts = layer(packed)
+    assert calc_diff(run(experts, p), expected) < 3e-3
+    for expert, device in ((0, "cpu"), (7, "cuda:1"), (3, "cuda:0"), (7, "cpu"), (0, "cuda:0")):
+        experts.move(expert, device)
+    assert calc_diff(run(experts, p), expected) < 3e-3
+
+
+def test_ids_that_mean_none_and_wrong_ones():
+    p = problem()
+    p.topk_ids[0, 0], p.topk_ids[1, 1] = -1, 8
+    assert calc_diff(run(layer(p.pack()), p), p.reference()) < 2e-6
+    p.topk_ids[2, 2] = 9
+    with pytest.raises(KernelError, match=r"topk_ids\[2, 2\] is 9"):
+        run(layer(p.pack()), p)
+
+
+def test_backward_is_a_sentence():
+    p = problem()
+    hidden = p.hidden_states.clone().requires_grad_()
+    out = layer(p.pack())(hidden, p.topk_ids, p.topk_weights)
+    with pytest.raises(KernelError, match="has no gradient"):
+        out.sum().backward()
+
+
+def test_a_split_layer_compiles_as_one_graph():
+    p = problem()
+    experts = layer(p.pack())
+    compiled = torch.compile(lambda *a: experts(*a), fullgraph=True, backend="eager")
+    with torch.no_grad():
+        out = compiled(p.hidden_states, p.topk_ids, p.topk_weights)
+    assert torch.equal(out, run(experts, p))
+
+
+def test_a_copy_is_its_own():
+    p = problem()
+    experts = layer(p.pack())
+    twin = copy.deepcopy(experts)
+    expected = run(experts, p)
+    experts.move(0, "cpu")
+    assert twin.part_of(0).device == "cuda:0" and torch.equal(run(twin, p), expected)
+
+
+def test_an_error_on_a_device_comes_out(monkeypatch):
+    def fails(*arguments):
+        raise KernelError("the device's own sentence")
+
+    p = problem()
+    experts = layer(p.pack())
+    real = copies.moe_experts_into
+    gpu = experts.part_of(0).packed
+    monkeypatch.setattr(copies, "moe_experts_into", lambda *a: fails() if a[3] is gpu else real(*a))
+    with pytest.raises(KernelError, match="the device's own sentence"):
+        run(experts, p)
+    monkeypatch.undo()
+    monkeypatch.setenv(virtual.COUNT, "2")
+    assert calc_diff(run(experts, p), p.reference()) < 2e-6, "the lane goes on after an error"
+
+
+def test_a_stuck_device_is_a_time_out(monkeypatch):
+    p = problem()
+    experts = layer(p.pack(), timeout=0.2)
+    real, hangs, gpu = copies.moe_experts_into, threading.Event(), experts.part_of(0).packed
+
+    def slow(*arguments):
+        if arguments[3] is gpu:
+            hangs.wait(10)
+        real(*arguments)
+
+    monkeypatch.setattr(copies, "moe_experts_into", slow)
+    begin = time.perf_counter()
+    with pytest.raises(DeviceError, match=r"cuda:0: its part of layer 3 did not finish within 0.2"):
+        run(experts, p)
+    assert time.perf_counter() - begin < 5
+    with pytest.raises(DeviceError, match="cuda:0: still busy with its part of layer 3"):
+        run(experts, p)
+    hangs.set()
+    lanes._lanes.pop("cuda:0")  # a new process, for the tests that follow
+
+
+def test_gpu_and_cpu_work_at_the_same_time(tmp_path):
+    p = problem(400)
+    experts = layer(p.pack())
+    run(experts, p)
+    with tracing() as trace:
+        for _ in range(5):
+            run(experts, p)
+    trace.save(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert set(names.values()) == {"cpu", "cuda:0", "cuda:1"}
+    spans = [(names[e["tid"]], e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X"]
+    assert len(spans) == 15
+    cpu = [s for s in spans if s[0] == "cpu"]
+    overlap = [min(a[2], b[2]) - max(a[1], b[1]) for a in cpu for b in spans if b[0] != "cpu"]
+    assert max(overlap) > 0
+
+
+def test_nothing_runs_when_nothing_is_asked():
+    p = problem(50)
+    experts = layer(p.pack())
+    run(experts, p)
+    time.sleep(0.3)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    time.sleep(0.5)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.02
+
+
+@pytest.mark.parametrize(
+    "prefill", [Prefill("cuda:1", "cuda", "r:1"), Prefill("cuda:0", "torch", "r:1"),
+                Prefill("cpu", "torch", "r:1")]
+)  # fmt: skip
+def test_a_rules_prefill_is_obeyed_by_the_number_of_tokens(prefill, monkeypatch):
+    seen = []
+    real = copies.multiply
+
+    def watch(packed, op, *inputs):
+        seen.append((op, packed))
+        return real(packed, op, *inputs)
+
+    monkeypatch.setattr(copies, "multiply", watch)  # what stream() calls; decoding does not
+    monkeypatch.setattr(copies, "CHUNK_BYTES", 1)  # an expert at a time
+    few = problem(7)
+    many = dataclasses.replace(problem(8), gate_up=few.gate_up, down=few.down)
+    packed = few.pack()
+    experts = layer(packed, {"cpu": tuple(range(8))}, prefill=prefill, prefill_tokens=8)
+    assert calc_diff(run(experts, few), few.reference()) < 2e-6
+    assert not seen
+    assert calc_diff(run(experts, many), many.reference()) < 2e-6
+    assert len(seen) == 8 and {op for op, _ in seen} == {prefill.op}
+    for _, one in seen:
+        gate = one.expert(one.here()[0])[0]
+        assert virtual.marked(gate) == prefill.device
+    assert f"brought to {prefill.device}" in explain({3: experts})[0]
+
+
+def test_the_crossover_is_measured_once_and_kept(tmp_path, monkeypatch):
+    file = tmp_path / "deep" / "crossovers.json"
+    monkeypatch.setenv(crossover.FILE, str(file))
+    monkeypatch.setattr(crossover, "LARGEST", 64)
+    packed = problem().pack()
+    every = tuple(range(8))
+
+    def made():
+        part = PartPlan(every, "cpu", "fp32", "cpu", "auto")
+        return build(Placement("cuda:0", (part,)), lambda *a: packed)
+
+    experts = made()
+    assert "rule of thumb" in explain({0: experts})[0]
+    ((_, found),) = measure(experts)
+    (entry,) = json.loads(file.read_text()).values()
+    assert entry["tokens"] == found.tokens and len(entry["seconds"]["32"]) == 2
+    entry["tokens"] = 5
+    file.write_text(json.dumps({next(iter(json.loads(file.read_text()))): entry}))
+    again = made()
+    assert "from 5 tokens a call their weights are brought to cuda:0" in explain({0: again})[0]
+    p = dataclasses.replace(problem(5), gate_up=problem().gate_up, down=problem().down)
+    assert calc_diff(run(again, p), p.reference()) < 2e-6
+    file.write_text("{ not json")
+    assert "rule of thumb" in explain({0: made()})[0]
+
+
+@pytest.mark.parametrize(
+    ("expert", "device", "sentence"),
+    [(8, "cpu", "expected an expert from 0 to 7"), (-1, "cpu", "expected an expert from 0")],
+)
+def test_what_cannot_be_moved_is_a_sentence(expert, device, sentence):
+    with pytest.raises(PlanError, match=sentence):
+        layer(problem().pack()).move(expert, device)
+
+
+def test_a_gpu_without_room_keeps_everything_as_it_was(monkeypatch):
+    p = problem()
+    experts = layer(p.pack())
+    expected = run(experts, p)
+    monkeypatch.setenv(virtual.MEMORY, str(virtual.gpu("cuda:0").used + 100))
+    with pytest.raises(torch.OutOfMemoryError, match=r"cuda:0 \(virtual\)"):
+        experts.move(7, "cuda:0")
+    assert experts.part_of(7).device == "cpu" and torch.equal(run(experts, p), expected)
+
+
+def test_out_of_memory_at_load_goes_to_the_cpu_if_it_may(monkeypatch):
+    p = problem()
+    packed = p.pack()
+    part = PartPlan(tuple(range(8)), "cuda:1", "fp32", "cuda", "auto")
+    monkeypatch.setenv(virtual.MEMORY, str(virtual.gpu("cuda:1").used + 3 * packed.expert_bytes(0)))
+    with pytest.raises(PlanError, match=r"cuda:1 has no room for its 8 experts: .* bytes are need"):
+        build(Placement("cpu", (part,)), lambda *a: packed)
+    fetch = lambda ids, format, device: packed.holding({e: packed.expert(e) for e in ids})  # noqa: E731
+    with pytest.warns(UserWarning, match="of them stay on the CPU"):
+        experts = build(Placement("cpu", (part,)), fetch, options=RunOptions(out_of_memory="cpu"))
+    assert [len(part.packed.here()) for part in experts.parts] == [2, 6]
+    assert calc_diff(run(experts, p), p.reference()) < 2e-6
+
+
+def test_out_of_memory_while_running_gives_experts_back(monkeypatch):
+    p = problem()
+    for allowed in ("error", "cpu"):
+        experts = layer(p.pack(), out_of_memory=allowed)
+        real, gpu = copies.moe_experts_into, experts.part_of(2).packed
+
+        def full(*arguments, gpu=gpu, real=real):
+            if arguments[3] is gpu and gpu.here():
+                raise torch.OutOfMemoryError("no room for 4096 bytes.")
+            real(*arguments)
+
+        monkeypatch.setattr(copies, "moe_experts_into", full)
+        if allowed == "error":
+            with pytest.raises(
+                DeviceError, match=r"cuda:1 ran out of memory: no room for 4096 byt"
+            ):
+                run(experts, p)
+        else:
+            with pytest.warns(UserWarning, match="are back on the CPU"):
+                out = run(experts, p)
+            assert calc_diff(out, p.reference()) < 2e-6
+            assert {part.device for part in experts.parts} == {"cuda:0", "cpu"}
+        monkeypatch.setattr(copies, "moe_experts_into", real)
