@@ -17,6 +17,7 @@ bool wants_tiles(const MoeArgs& args) {
 }
 
 const Family& family_of(const MoeArgs& args) {
+  if (args.set->layout == Layout::kBlocks) return kStream;
   return wants_tiles(args) && kTiles.serves(args) ? kTiles : kRows;
 }
 
@@ -40,6 +41,7 @@ Status prepare(int device) {
   const OutsideCapture outside;
   cudaError_t error = kRows.load();
   if (error == cudaSuccess) error = kTiles.load();
+  if (error == cudaSuccess) error = kStream.load();
   if (error == cudaSuccess) return {};
   cudaGetLastError();
   if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction) {

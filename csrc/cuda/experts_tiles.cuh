@@ -14,6 +14,7 @@
 
 #include "activation.cuh"
 #include "choice.cuh"
+#include "warp.cuh"
 
 namespace ey::cuda::tiles {
 
@@ -22,7 +23,6 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kBlocksPerSm = 2;  // what shared memory allows on most cards; up to 255 registers
 constexpr int kRouteThreads = 512;
 constexpr int kCombineThreads = 256;
-constexpr uint32_t kAllLanes = 0xffffffffu;
 
 constexpr int kStep = 64;  // values of k that one stage of shared memory holds: 128 bytes of a row
 // 64 bytes more than 128: the 16-byte loads of 8 lanes (2 pairs x 4) fall on all 32 banks once.
@@ -55,15 +55,6 @@ __device__ __forceinline__ int expert_of(const Chunk& c, int64_t pair) {
   int64_t id;
   ExpertPointers expert;
   return choose(c, pair, &id, &expert) == Chosen::kExpert ? int(id) : -1;
-}
-
-__device__ __forceinline__ int sum_of_lanes_before(int mine, int lane) {
-  int sum = mine;
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, sum, distance);
-    if (lane >= distance) sum += other;
-  }
-  return sum - mine;
 }
 
 // One block. Shared memory: 3 ints an expert. The order of an expert's pairs depends on the
