@@ -141,6 +141,7 @@ __device__ __forceinline__ void multiply_chunk(const Matrix& m, const char* stag
     uint32_t b[kBlocks][kOperands];
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
+      if (kBlocks > 2 && 8 * n >= num_columns) break;
       if (n * 8 + g < num_columns) {
         F::template tokens<kOrdered>(
             my_tokens + n * 8 * ChunkShape<F>::kTokenBytes + q * kQuadK * 2, t, b[n]);
@@ -157,6 +158,7 @@ __device__ __forceinline__ void multiply_chunk(const Matrix& m, const char* stag
         const uint32_t a2 = F::pair(dwords[2 * j], s, 1), a3 = F::pair(dwords[2 * j + 1], s, 1);
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
+          if (kBlocks > 2 && 8 * n >= num_columns) break;
           ptx::mma_bf16(target[j][n], a0, a1, a2, a3, b[n][2 * s], b[n][2 * s + 1]);
         }
       }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The experts op on a GPU: which kernels, in what runs of tokens, in how much workspace.
-#include "family.cuh"
+#include "family_choice.cuh"
 #include "status.cuh"
 
 namespace ey::cuda {
@@ -9,17 +9,6 @@ namespace {
 // Larger calls go in runs of whole tokens: what lies between the two products would be gigabytes
 // for 16384 tokens of a large model.
 constexpr int64_t kMostWorkspace = int64_t(128) << 20;
-
-// Tensor cores pay from where experts have more than one pair each on average: up to there the dot
-// products read hardly any weight twice. Not yet measured on a GPU.
-bool wants_tiles(const MoeArgs& args) {
-  return args.num_tokens * args.top_k > args.set->num_experts;
-}
-
-const Family& family_of(const MoeArgs& args) {
-  if (args.set->layout == Layout::kBlocks) return kStream;
-  return wants_tiles(args) && kTiles.serves(args) ? kTiles : kRows;
-}
 
 int64_t tokens_per_run(const MoeArgs& args, const Family& family) {
   // A pair's part of the workspace is linear but for rounding, which 1024 tokens even out.
@@ -40,8 +29,9 @@ Status prepare(int device) {
   if (current.error() != cudaSuccess) return cuda_failed(current.error(), "cudaSetDevice");
   const OutsideCapture outside;
   cudaError_t error = kRows.load();
-  if (error == cudaSuccess) error = kTiles.load();
-  if (error == cudaSuccess) error = kStream.load();
+  for (const Family* family : {&kTiles, &kStream, &kGrouped}) {
+    if (error == cudaSuccess) error = family->load();
+  }
   if (error == cudaSuccess) return {};
   cudaGetLastError();
   if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction) {

@@ -16,7 +16,7 @@ struct Family {
   cudaError_t (*load)();  // the kernels, onto the current device
 };
 
-extern const Family kRows, kTiles, kStream;
+extern const Family kRows, kTiles, kStream, kGrouped;
 
 constexpr int64_t kMostGridY = 65535;
 

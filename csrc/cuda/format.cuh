@@ -10,8 +10,9 @@
 //              loads of `tokens` meet no bank conflict
 //   pair       the two neighbours along mma's k of (slice, half), exact in bf16, from those dwords
 //   tokens     the same k of a token: b[2 * slice + half]. row points to the first k of the quads;
-//              kOrdered: values lie in the order of `place`, which spares the shuffling
-//   place      where value k of a row of ordered tokens lies
+//              kOrdered: values lie where place(kOrder, k) says, which spares the shuffling
+//   kMostBlocks  blocks of 8 columns that a warp of the grouped kernel has sums for
+//   kOrder     the run of k in which ordered values change places
 // Products are of bf16 by bf16, exact in fp32: integer codes meet activations as they are.
 #pragma once
 
@@ -38,10 +39,6 @@ __device__ __forceinline__ void tokens_of_4(const char* row, int t, uint32_t (&b
   b[0] = kOrdered ? x.x : even_k(x.x, x.y);
   b[1] = kOrdered ? x.y : odd_k(x.x, x.y);
 }
-__host__ __device__ __forceinline__ int place_in_4(int k) {
-  return k / 4 * 4 + k % 2 * 2 + k % 4 / 2;
-}
-
 // For formats whose dword is 8 k, with the pairs (0, 2), (4, 6), (1, 3), (5, 7).
 template <bool kOrdered>
 __device__ __forceinline__ void tokens_of_8(const char* row, int t, uint32_t (&b)[4]) {
@@ -51,8 +48,14 @@ __device__ __forceinline__ void tokens_of_8(const char* row, int t, uint32_t (&b
   b[2] = kOrdered ? x.z : odd_k(x.x, x.y);
   b[3] = kOrdered ? x.w : odd_k(x.z, x.w);
 }
-__host__ __device__ __forceinline__ int place_in_8(int k) {
-  return k / 8 * 8 + k % 2 * 4 + k % 8 / 2;
+// Where value k of a row of ordered tokens lies. Runs of 4 and 8 k: the pairs above, one behind the
+// other. Runs of 16, for formats whose dword is a pair: what a lane takes of two quads.
+__host__ __device__ __forceinline__ int place(int order, int k) {
+  const int i = k % order;
+  return k - i +
+         (order == 4   ? i % 2 * 2 + i / 2
+          : order == 8 ? i % 2 * 4 + i / 2
+                       : i % 8 / 2 * 4 + i / 8 * 2 + i % 2);
 }
 
 }  // namespace ey::cuda

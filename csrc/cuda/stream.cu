@@ -20,11 +20,6 @@ struct Parts {
   }
 };
 
-bool make_matrices(const ExpertSet& set, const PackedFormat& format, Matrix (&m)[2]) {
-  return format.matrix_of(set, set.hidden_size, w13_blocks(set.intermediate_size), &m[0]) &&
-         format.matrix_of(set, set.intermediate_size, w2_blocks(set.hidden_size), &m[1]);
-}
-
 // How a launch is cut. columns = 0: it does not fit.
 struct Cut {
   int blocks, columns, most_tiles, heads_bytes, stage_bytes, stages, shared_bytes;
@@ -54,6 +49,10 @@ Cut cut_of(const ExpertSet& set, const PackedFormat& format, const Matrix (&m)[2
   return c;
 }
 
+// Every card that these kernels run on gives a block that much. Whether a call is served must not
+// depend on the card: the current device may not yet be the one that will run it.
+constexpr int kLeastShared = 99 * 1024;
+
 bool serves(const MoeArgs& args) {
   const ExpertSet& set = *args.set;
   const PackedFormat* const format = packed_format(set.format);
@@ -68,9 +67,8 @@ bool serves(const MoeArgs& args) {
     return false;
   }
   Matrix m[2];
-  Limits limit{};
-  return make_matrices(set, *format, m) && limits(&limit) == cudaSuccess &&
-         cut_of(set, *format, m, args.num_tokens, args.top_k, limit.shared_bytes).columns > 0;
+  return make_matrices(set, *format, m) &&
+         cut_of(set, *format, m, args.num_tokens, args.top_k, kLeastShared).columns > 0;
 }
 
 int64_t workspace_bytes(const MoeArgs& args, int64_t tokens) {
@@ -115,9 +113,8 @@ cudaError_t run(const Chunk& chunk, int64_t tokens, void* workspace, cudaStream_
 cudaError_t load() {
   Limits limit{};
   cudaError_t error = limits(&limit);
-  for (const PackedFormat* f :
-       {&kPackedBf16, &kPackedInt8, &kPackedFp8, &kPackedInt4, &kPackedMxfp4}) {
-    if (error == cudaSuccess) error = f->load(limit.shared_bytes);
+  for (const PackedFormat* f : kPackedFormats) {
+    if (error == cudaSuccess) error = f->load_stream(limit.shared_bytes);
   }
   return error;
 }

@@ -445,4 +445,147 @@ TEST(stream_random_problems) {
   }
 }
 
+TEST(grouped_every_kind_of_packing) {
+  for (const Kind& kind : kinds()) {
+    for (int hidden : {264, 133}) {
+      Shape s;
+      s.format = kind.format;
+      s.packing = kind.packing;
+      s.tokens = 5;
+      s.num_experts = hidden == 264 ? 1 : 2;
+      s.hidden = hidden;  // 133: rows of x are no multiples of 16 bytes
+      s.intermediate = hidden == 264 ? 40 : 200;
+      s.sentinels = false;
+      CHECK(Problem(s, 1).isa() == "cuda_grouped");
+      run_and_check(s);
+    }
+  }
+}
+
+TEST(grouped_every_type_and_activation) {
+  for (const Kind& kind : formats()) {
+    for (DType hidden : {DType::kBF16, DType::kF16, DType::kF32}) {
+      for (bool bias : {false, true}) {
+        Shape s;
+        s.format = kind.format;
+        s.packing = kind.packing;
+        s.tokens = 9;
+        s.num_experts = 2;
+        s.hidden_dtype = hidden;
+        s.activation = Activation(int(hidden));
+        s.bias = bias;
+        s.ids_are_int64 = bias;
+        CHECK(Problem(s, 1).isa() == "cuda_grouped");
+        run_and_check(s);
+      }
+    }
+  }
+}
+
+TEST(grouped_tiles_of_every_width) {
+  emu::machine.most_shared_bytes = 227 * 1024;
+  for (const Kind& kind : formats()) {
+    for (int tokens : {0, 1, 9, 17, 70, 150}) {
+      for (int shared : {99, 227}) {
+        emu::machine.most_shared_bytes = shared * 1024;
+        Shape s;
+        s.format = kind.format;
+        s.packing = kind.packing;
+        s.tokens = tokens;
+        s.top_k = 1;
+        s.num_experts = tokens == 70 ? 3 : 1;
+        s.hidden_dtype = tokens > 9 ? DType::kBF16 : DType::kF32;
+        s.hidden = 72;
+        s.intermediate = tokens == 9 ? 300 : 24;  // more than one row of blocks
+        s.nulls = tokens == 70;
+        run_and_check(s);
+      }
+    }
+  }
+}
+
+TEST(grouped_edge_shapes) {
+  const int sizes[][2] = {{1, 1}, {3, 40}, {40, 3}, {1030, 24}, {72, 1305}, {2880, 16}};
+  for (const Kind& kind : formats()) {
+    for (const auto& [hidden, intermediate] : sizes) {
+      Shape s;
+      s.format = kind.format;
+      s.packing = kind.packing;
+      s.tokens = 2;
+      s.hidden = hidden;
+      s.intermediate = intermediate;
+      s.hidden_dtype = DType::kF32;
+      run_and_check(s);
+    }
+  }
+}
+
+TEST(grouped_no_choice_at_all_gives_zeros) {
+  Shape s;
+  s.top_k = 0;
+  run_and_check(s);
+}
+
+TEST(grouped_the_schedule_does_not_change_a_bit) {
+  for (const Kind& kind : formats()) {
+    Shape s;
+    s.format = kind.format;
+    s.packing = kind.packing;
+    s.tokens = 12;
+    s.num_experts = 2;
+    const uint64_t seed = emu::options.seed;
+    Problem problem(s, seed);
+    CHECK(problem.run().ok);
+    const std::vector<char> first = problem.result();
+    for (uint64_t other = 1; other <= 3; ++other) {
+      emu::options.seed = seed + other;
+      CHECK(problem.run().ok);
+      CHECK(problem.result() == first);
+    }
+    emu::options.seed = seed;
+  }
+}
+
+TEST(grouped_an_id_out_of_range_makes_its_row_nan_and_is_reported_once) {
+  for (int64_t bad : {int64_t(-2), int64_t(5)}) {
+    Shape s;
+    s.hidden_dtype = DType::kF16;
+    Problem problem(s, emu::options.seed);
+    problem.set_id(3, bad);  // token 1
+    CHECK(problem.run().ok);
+    problem.check({1});
+    const ey::Status next = problem.run();
+    CHECK(!next.ok);
+    check_contains(next.what, "at token 1");
+    problem.set_id(3, 0);
+    CHECK(problem.run().ok);
+    problem.check();
+  }
+}
+
+TEST(grouped_random_problems) {
+  std::mt19937_64 random(emu::options.seed + 98);
+  const auto pick = [&](int low, int high) {
+    return low + int(random() % uint64_t(high - low + 1));
+  };
+  const std::vector<Kind> all = kinds();
+  for (int i = 0; i < 20; ++i) {
+    const Kind& kind = all[random() % all.size()];
+    Shape s;
+    s.format = kind.format;
+    s.packing = kind.packing;
+    s.tokens = pick(1, 90);
+    s.top_k = pick(1, 4);
+    s.num_experts = pick(1, 5);
+    s.hidden = pick(1, 200);
+    s.intermediate = pick(1, 200);
+    s.hidden_dtype = DType(random() % 3);
+    s.bias = random() % 2;
+    s.ids_are_int64 = random() % 2;
+    s.nulls = random() % 2;
+    s.sentinels = random() % 2;
+    run_and_check(s);
+  }
+}
+
 int main(int argc, char** argv) { return testing::main_of(argc, argv); }

@@ -13,7 +13,8 @@ namespace ey::cuda {
 struct Fp8Blocks {
   static constexpr Format kFormat = Format::kFp8;
   static constexpr bool kScaled = true;
-  static constexpr int kStepK = 4, kChunkK = 64, kQuads = 1, kSlices = 1, kTokenPad = 32;
+  static constexpr int kStepK = 4, kChunkK = 64, kQuads = 1, kSlices = 1, kTokenPad = 32, kOrder = 4,
+                       kMostBlocks = 8;  // 64 sums a lane, and 64 of a group
 
   // Pairs of k: (0, 2) for half 0, (1, 3) for half 1.
   __device__ static __forceinline__ uint32_t pair(const uint32_t (&dwords)[1], int, int half) {
@@ -25,7 +26,6 @@ struct Fp8Blocks {
   __device__ static __forceinline__ void tokens(const char* row, int t, uint32_t (&b)[2]) {
     tokens_of_4<kOrdered>(row, t, b);
   }
-  __host__ __device__ static __forceinline__ int place(int k) { return place_in_4(k); }
 };
 
 }  // namespace ey::cuda

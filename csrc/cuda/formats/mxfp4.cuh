@@ -13,7 +13,8 @@ namespace ey::cuda {
 struct Mxfp4Blocks {
   static constexpr Format kFormat = Format::kMxfp4;
   static constexpr bool kScaled = true;
-  static constexpr int kStepK = 8, kChunkK = 128, kQuads = 1, kSlices = 2, kTokenPad = 64;
+  static constexpr int kStepK = 8, kChunkK = 128, kQuads = 1, kSlices = 2, kTokenPad = 64, kOrder = 8,
+                       kMostBlocks = 8;  // 64 sums a lane, and 64 of a group
 
   // Pairs of k: (0, 2), (4, 6) of slice 0, (1, 3), (5, 7) of slice 1.
   __device__ static __forceinline__ uint32_t pair(const uint32_t (&dwords)[1], int slice,
@@ -26,7 +27,6 @@ struct Mxfp4Blocks {
   __device__ static __forceinline__ void tokens(const char* row, int t, uint32_t (&b)[4]) {
     tokens_of_8<kOrdered>(row, t, b);
   }
-  __host__ __device__ static __forceinline__ int place(int k) { return place_in_8(k); }
 };
 
 }  // namespace ey::cuda
