@@ -7,7 +7,8 @@
 // nothing ties the rows of an mma to an order, as nothing ties its k (format.cuh): so weights go
 // from DRAM to the A operand without a shuffle, in 16-byte pieces that a lane copies for itself.
 //
-//   products[j][b]   rows 4 g + 2 j (elements 0, 1) and 4 g + 2 j + 1 (2, 3), columns 8 b + 2 t, + 1
+//   products[j][b]   rows 4 g + 2 j (elements 0, 1) and 4 g + 2 j + 1 (2, 3), columns 8 b + 2 t, +
+//   1
 //
 // In shared memory: the heads (scales, zeros) of the chunk's lines, then its quads.
 #pragma once
@@ -20,16 +21,16 @@ namespace ey::cuda {
 // One matrix of every expert, as its chunks lie; made by matrix_of, passed to kernels by value.
 struct Matrix {
   int64_t block_bytes, line_bytes;
-  int k;                // values of a token that count; a multiple of 8
-  int padded_k;         // of the weights
-  int num_blocks;       // of an expert
-  int num_chunks;       // of a block
-  int chunks_in_line;   // 1 if a line is no longer than a chunk
-  int lines_in_chunk;   // 1 if a line is no shorter
-  int quad_shift;       // log2 of the quads of a line in a chunk
-  int group_mask;       // quads of a group in a chunk, less 1
-  int head_bytes;       // of a line
-  int scale_bytes;      // of it, before the zeros
+  int k;               // values of a token that count; a multiple of 8
+  int padded_k;        // of the weights
+  int num_blocks;      // of an expert
+  int num_chunks;      // of a block
+  int chunks_in_line;  // 1 if a line is no longer than a chunk
+  int lines_in_chunk;  // 1 if a line is no shorter
+  int quad_shift;      // log2 of the quads of a line in a chunk
+  int group_mask;      // quads of a group in a chunk, less 1
+  int head_bytes;      // of a line
+  int scale_bytes;     // of it, before the zeros
   ScaleType scale_type;
   bool zeros;
 };
@@ -56,7 +57,8 @@ bool matrix_of(const ExpertSet& set, int64_t k, int64_t num_blocks, Matrix* m) {
   const BlockShape shape{set.format, set.packing, k};
   const int64_t line_k = shape.line_k(), group_k = shape.group();
   const bool one_line = line_k >= k;
-  if (line_k >= F::kChunkK ? line_k % F::kChunkK != 0 && !one_line : F::kChunkK % line_k != 0 && !one_line) {
+  if (line_k >= F::kChunkK ? line_k % F::kChunkK != 0 && !one_line
+                           : F::kChunkK % line_k != 0 && !one_line) {
     return false;
   }
   if (k > INT32_MAX / 2 || num_blocks > INT32_MAX) return false;

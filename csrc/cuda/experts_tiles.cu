@@ -39,8 +39,8 @@ cudaError_t run_blocks(const Chunk& chunk, int64_t tokens, char* workspace, cuda
   auto* const h = reinterpret_cast<uint16_t*>(workspace + parts.h);
   auto* const y = reinterpret_cast<float*>(workspace + parts.y);
   const Routing routing{reinterpret_cast<int32_t*>(workspace + parts.num_tiles),
-                               reinterpret_cast<Tile*>(workspace + parts.tile_list),
-                               reinterpret_cast<int32_t*>(workspace + parts.sorted)};
+                        reinterpret_cast<Tile*>(workspace + parts.tile_list),
+                        reinterpret_cast<int32_t*>(workspace + parts.sorted)};
 
   constexpr int kPairs = tiles::Shape<kBlocks>::kPairs,
                 kShared = tiles::Shape<kBlocks>::kSharedBytes;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which kernels serve a call. Every border here is reasoned, none measured on a GPU; bench/gpu_check.sh
-// times both sides of each, and this is the one place to write what it finds.
+// Which kernels serve a call. Every border here is reasoned, none measured on a GPU;
+// bench/gpu_check.sh times both sides of each, and this is the one place to write what it finds.
 #pragma once
 
 #include "family.cuh"
@@ -9,8 +9,8 @@ namespace ey::cuda {
 
 // Pairs per expert of the set from which an expert has, as a rule, enough of them for another way.
 struct Border {
-  // Rows where they lie: up to one pair an expert dot products read hardly any weight twice; beyond,
-  // tensor cores pay.
+  // Rows where they lie: up to one pair an expert dot products read hardly any weight twice;
+  // beyond, tensor cores pay.
   static constexpr int64_t kTilesPairs = 1;
   // Packed: the stream kernel has each warp copy tokens for itself, the grouped one has them copied
   // once for 8 warps. At 8 pairs an expert the former's copies are as many bytes as int4 weights.

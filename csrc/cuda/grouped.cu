@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "grouped.cuh"
-
 #include "family.cuh"
+#include "grouped.cuh"
 #include "grouped_ends.cuh"
 #include "limits.cuh"
 #include "packed.cuh"
@@ -85,8 +84,7 @@ cudaError_t run(const Chunk& chunk, int64_t tokens, void* workspace, cudaStream_
 
   Matrix m[2];
   make_matrices(set, format, m);
-  const int columns =
-      columns_of(format, m, pairs / (set.num_experts + 1) + 1, limit.shared_bytes);
+  const int columns = columns_of(format, m, pairs / (set.num_experts + 1) + 1, limit.shared_bytes);
   const Routing routing{reinterpret_cast<int32_t*>(bytes + parts.num_tiles),
                         reinterpret_cast<Tile*>(bytes + parts.tile_list),
                         reinterpret_cast<int32_t*>(bytes + parts.sorted)};
@@ -95,10 +93,10 @@ cudaError_t run(const Chunk& chunk, int64_t tokens, void* workspace, cudaStream_
   auto* const y = reinterpret_cast<float*>(bytes + parts.y);
   if (pairs > 0) {
     const int64_t rows = tokens < 4 * limit.multiprocessors ? tokens : 4 * limit.multiprocessors;
-    cudaError_t error = ptx::launch(
-        grouped::prepare, dim3(unsigned(1 + rows)), dim3(grouped::kPrepareThreads),
-        size_t(set.num_experts) * 3 * sizeof(int), stream, chunk, int32_t(pairs), columns, routing,
-        x, int(tokens), int(x_stride(set)), format.order);
+    cudaError_t error =
+        ptx::launch(grouped::prepare, dim3(unsigned(1 + rows)), dim3(grouped::kPrepareThreads),
+                    size_t(set.num_experts) * 3 * sizeof(int), stream, chunk, int32_t(pairs),
+                    columns, routing, x, int(tokens), int(x_stride(set)), format.order);
     if (error != cudaSuccess) return error;
 
     grouped::Args a{};
@@ -110,6 +108,7 @@ cudaError_t run(const Chunk& chunk, int64_t tokens, void* workspace, cudaStream_
     a.h_stride = int(h_stride(set));
     a.y_stride = int(y_stride(set));
     for (const bool down : {false, true}) {
+      a.down = down;
       a.matrix = m[down];
       a.tokens = down ? h : x;
       a.token_k = down ? a.h_stride : int(x_stride(set));
@@ -121,7 +120,7 @@ cudaError_t run(const Chunk& chunk, int64_t tokens, void* workspace, cudaStream_
       a.tokens_at = cut.tokens_at;
       const dim3 grid(unsigned(most_tiles(pairs, set.num_experts, columns)),
                       unsigned((m[down].num_blocks + grouped::kWarps - 1) / grouped::kWarps));
-      error = format.grouped(columns, down, a, grid, cut.shared_bytes, stream);
+      error = format.grouped(columns, a, grid, cut.shared_bytes, stream);
       if (error != cudaSuccess) return error;
     }
   }

@@ -6,10 +6,10 @@
 //   experts_grouped  down: y[p, j] = down_e[j] . h[p] + down_bias_e[j], fp32
 //   combine          out[t, j] = sum_k weights[t, k] * y[t * top_k + k, j] (grouped_ends.cuh)
 //
-// A block of threads multiplies kWarps blocks of weights, one a warp, with one tile of pairs. Tokens
-// are gathered by the copies themselves, once for all warps. Each warp has 32 rows x all columns of
-// the tile in registers: that halves what it reads of tokens from shared memory for a product,
-// against 16 rows, and leaves room for a group's sums beside the sums.
+// A block of threads multiplies kWarps blocks of weights, one a warp, with one tile of pairs.
+// Tokens are gathered by the copies themselves, once for all warps. Each warp has 32 rows x all
+// columns of the tile in registers: that halves what it reads of tokens from shared memory for a
+// product, against 16 rows, and leaves room for a group's sums beside the sums.
 #pragma once
 
 #include "activation.cuh"
@@ -26,6 +26,7 @@ struct Args {
   Chunk call;
   Matrix matrix;
   Routing routing;
+  bool down;               // y of w2, else h of w13
   const uint16_t* tokens;  // ordered bf16 rows: x, or h
   int token_k;             // of a row, zeros behind what there is
   int pairs_per_row;       // top_k for x, 1 for h
@@ -38,7 +39,7 @@ struct Args {
 
 // Grid: (tiles, at most; ceil(blocks of an expert / kWarps)). Tiles vary fastest: blocks that run
 // together read the same few weights of each expert, from DRAM once.
-template <class F, int kBlocks, bool kDown>
+template <class F, int kBlocks>
 __global__ void __launch_bounds__(kThreads, 1) experts_grouped(const __grid_constant__ Args a) {
   if (int(blockIdx.x) >= *a.routing.num_tiles) return;
   const Tile tile = a.routing.tiles[blockIdx.x];
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, 1) experts_grouped(const __grid_cons
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int block = int(blockIdx.y) * kWarps + warp;
   const bool has_block = block < m.num_blocks;
-  const char* const weights = static_cast<const char*>(kDown ? expert.down : expert.gate);
+  const char* const weights = static_cast<const char*>(a.down ? expert.down : expert.gate);
   char* const ring = ptx::dynamic_shared();
   int* const pairs = reinterpret_cast<int*>(ring + a.stages * a.stage_bytes);  // of the tile
   for (int i = thread; i < tile.count; i += kThreads) pairs[i] = a.routing.sorted[tile.first + i];
@@ -65,9 +66,8 @@ __global__ void __launch_bounds__(kThreads, 1) experts_grouped(const __grid_cons
         const int column = i / kPieces, piece = i % kPieces;
         const int k = chunk * F::kChunkK + piece * 8;
         const int64_t row = pairs[column] / a.pairs_per_row;
-        ptx::copy16_async(
-            stage + a.tokens_at + column * ChunkShape<F>::kTokenBytes + piece * 16,
-            k < a.token_k ? a.tokens + row * a.token_k + k : a.tokens, k < a.token_k);
+        ptx::copy16_async(stage + a.tokens_at + column * ChunkShape<F>::kTokenBytes + piece * 16,
+                          k < a.token_k ? a.tokens + row * a.token_k + k : a.tokens, k < a.token_k);
       }
     }
     ptx::copy_commit();  // also when empty: groups are counted
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 1) experts_grouped(const __grid_cons
   if (!has_block) return;
 
   const int g = lane / 4, t = lane % 4;
-  if constexpr (kDown) {
+  if (a.down) {
     const int64_t row = int64_t(block) * kLanes + 4 * g;
     float bias[4] = {};
 #pragma unroll
@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kThreads, 1) experts_grouped(const __grid_cons
     }
   } else {
     // Lanes of g < 4 have gate rows, the others the up rows of the same i. Each gives its partner
-    // what that one lacks: the first two of the four rows are finished by g < 4, the last two by the
-    // other.
+    // what that one lacks: the first two of the four rows are finished by g < 4, the last two by
+    // the other.
     const bool has_gate = g < 4;
     const int64_t row = int64_t(block) * kLaneSet + g % 4 * 4 + (has_gate ? 0 : 2);
     float gate_bias[2] = {}, up_bias[2] = {};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What each packed format's file (packed_*.cu) offers to the host side of the kernels of blocks. One
-// file a format, so that they compile side by side and alone.
+// What each packed format's file (packed_*.cu) offers to the host side of the kernels of blocks.
+// One file a format, so that they compile side by side and alone.
 #pragma once
 
 #include "grouped.cuh"
@@ -19,8 +19,8 @@ struct PackedFormat {
                         cudaStream_t stream);
   cudaError_t (*load_stream)(int most_shared_bytes);  // the kernels, onto the current device
   // columns of a tile: up to kFewColumns, or up to most_columns
-  cudaError_t (*grouped)(int columns, bool down, const grouped::Args& args, dim3 grid,
-                         int shared_bytes, cudaStream_t stream);
+  cudaError_t (*grouped)(int columns, const grouped::Args& args, dim3 grid, int shared_bytes,
+                         cudaStream_t stream);
   cudaError_t (*load_grouped)(int most_shared_bytes);
 };
 
@@ -56,28 +56,30 @@ struct PackedKernels {
     return error != cudaSuccess ? error : ptx::allow_shared(stream::experts_stream<F, 2>, bytes);
   }
 
-  static cudaError_t grouped(int columns, bool down, const grouped::Args& args, dim3 grid,
-                             int shared_bytes, cudaStream_t stream) {
-    const bool few = columns <= grouped::kFewColumns;
-    const auto kernel = down ? few ? grouped::experts_grouped<F, kFew, true>
-                                   : grouped::experts_grouped<F, kMost, true>
-                        : few ? grouped::experts_grouped<F, kFew, false>
-                              : grouped::experts_grouped<F, kMost, false>;
+  static cudaError_t grouped(int columns, const grouped::Args& args, dim3 grid, int shared_bytes,
+                             cudaStream_t stream) {
+    const auto kernel = columns <= grouped::kFewColumns ? grouped::experts_grouped<F, kFew>
+                                                        : grouped::experts_grouped<F, kMost>;
     return ptx::launch(kernel, grid, dim3(grouped::kThreads), size_t(shared_bytes), stream, args);
   }
   static cudaError_t load_grouped(int bytes) {
-    for (const auto kernel :
-         {grouped::experts_grouped<F, kFew, true>, grouped::experts_grouped<F, kMost, true>,
-          grouped::experts_grouped<F, kFew, false>, grouped::experts_grouped<F, kMost, false>}) {
-      if (cudaError_t e = ptx::allow_shared(kernel, bytes); e != cudaSuccess) return e;
-    }
-    return cudaSuccess;
+    const cudaError_t error = ptx::allow_shared(grouped::experts_grouped<F, kFew>, bytes);
+    return error != cudaSuccess ? error
+                                : ptx::allow_shared(grouped::experts_grouped<F, kMost>, bytes);
   }
 
   static constexpr PackedFormat entry() {
-    return {F::kFormat, F::kChunkK, ChunkShape<F>::kQuadBytes, ChunkShape<F>::kTokenBytes,
-            F::kOrder,  8 * kMost,  matrix_of<F>,              stream,
-            load_stream, grouped,   load_grouped};
+    return {F::kFormat,
+            F::kChunkK,
+            ChunkShape<F>::kQuadBytes,
+            ChunkShape<F>::kTokenBytes,
+            F::kOrder,
+            8 * kMost,
+            matrix_of<F>,
+            stream,
+            load_stream,
+            grouped,
+            load_grouped};
   }
 };
 

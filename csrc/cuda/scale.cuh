@@ -3,7 +3,8 @@
 //
 //   sum_k scale * (code - zero) * x[k] = scale * (sum_k (code - middle) * x[k]
 //                                                 - (zero - middle) * sum_k x[k])
-// with middle = 8 for int4, what its `pair` subtracts; so without zeros the second term is not there.
+// with middle = 8 for int4, what its `pair` subtracts; so without zeros the second term is not
+// there.
 #pragma once
 
 #include "numbers.cuh"

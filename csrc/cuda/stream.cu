@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "stream.cuh"
-
 #include "family.cuh"
 #include "limits.cuh"
 #include "packed.cuh"
+#include "stream.cuh"
 #include "stream_counters.cuh"
 
 namespace ey::cuda {
@@ -30,8 +29,8 @@ Cut cut_of(const ExpertSet& set, const PackedFormat& format, const Matrix (&m)[2
   Cut c;
   const int pairs = int(tokens * top_k), experts = int(set.num_experts);
   c.heads_bytes = heads_bytes(m[0]) > heads_bytes(m[1]) ? heads_bytes(m[0]) : heads_bytes(m[1]);
-  // A second block of columns where experts would often need it, else it multiplies zeros. An expert
-  // has a token once, as a rule; where it has one twice, there are more tiles.
+  // A second block of columns where experts would often need it, else it multiplies zeros. An
+  // expert has a token once, as a rule; where it has one twice, there are more tiles.
   const int most_columns = tokens > 8 && pairs > 4 * experts ? 16 : 8;
   c.columns = tokens < most_columns ? int(tokens) : most_columns;
   for (; c.columns > 0; c.columns /= 2) {  // as many as leave room for two stages

@@ -8,10 +8,11 @@
 //   2  items (tile, block of w2): y[pair, 32 j ..] = down . h + bias, fp32
 //   3  units (token, block of w2): out[token, 32 j ..] = sum of weight * y over the slots, in order
 //
-// Items go round the blocks of the grid, 1 and 2 in one sequence. The warps of a block share an item
-// by taking every kWarps-th chunk of k, each through a ring of its own that runs ahead over the items
-// to come; so there is one barrier an item, for the sum of the warps' shares. All sums have an order
-// that depends on nothing but the shape: results are the same to the bit on every run and card.
+// Items go round the blocks of the grid, 1 and 2 in one sequence. The warps of a block share an
+// item by taking every kWarps-th chunk of k, each through a ring of its own that runs ahead over
+// the items to come; so there is one barrier an item, for the sum of the warps' shares. All sums
+// have an order that depends on nothing but the shape: results are the same to the bit on every run
+// and card.
 //
 // Between 1 and 2 there is no barrier but a counter for each tile, and between 2 and 3 one for each
 // block of rows. Weights of 2 are under way before the counter is asked. Counters belong to the
@@ -29,11 +30,11 @@ namespace ey::cuda::stream {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kMostPairs = 1024;      // sorted by every block: a microsecond or two
+constexpr int kMostPairs = 1024;  // sorted by every block: a microsecond or two
 constexpr int kMostExperts = 1024;
 constexpr int kMostRowBlocks = 2048;  // of w2: hidden_size 65536
 constexpr int kMostStages = 8;
-constexpr int kColumnFloats = 36;     // 32 rows of a column, and 4 that spread the banks
+constexpr int kColumnFloats = 36;       // 32 rows of a column, and 4 that spread the banks
 constexpr uint32_t kLaunch = 1u << 20;  // what the blocks of one launch add to `exits` together
 
 struct Counters {
@@ -57,19 +58,19 @@ struct Args {
   Counters* counters;
   int h_stride;  // 16 for every block of w13
   int pairs, tokens, most_tiles;
-  int columns;  // of a tile at most: token rows of a stage
+  int columns;                         // of a tile at most: token rows of a stage
   int stages, stage_bytes, tokens_at;  // of a warp's ring; where in a stage the tokens begin
 };
 
 // Dynamic shared memory, in this order.
 struct Shared {
-  Tile* tiles;      // [most_tiles]
-  int* chosen;      // [pairs] expert; -1: none; -2: an id that names no expert
-  float* weights;   // [pairs]
-  int* sorted;      // [pairs]
-  int* totals;      // tiles, pairs
-  float* shares;    // [2][kWarps][8 kBlocks][kColumnFloats]
-  char* ring;       // [kWarps][stages][stage_bytes]
+  Tile* tiles;     // [most_tiles]
+  int* chosen;     // [pairs] expert; -1: none; -2: an id that names no expert
+  float* weights;  // [pairs]
+  int* sorted;     // [pairs]
+  int* totals;     // tiles, pairs
+  float* shares;   // [2][kWarps][8 kBlocks][kColumnFloats]
+  char* ring;      // [kWarps][stages][stage_bytes]
 };
 
 __host__ __device__ constexpr int up_to_16(int bytes) { return (bytes + 15) / 16 * 16; }
@@ -98,8 +99,8 @@ __host__ __device__ constexpr int sorting_bytes(int experts, int pairs) {
   return (3 * experts + pairs) * int(sizeof(int));
 }
 
-// Fills tiles, chosen, weights, sorted and totals; ends with a barrier. An expert's pairs keep their
-// order, so that every block of the grid makes the same tiles.
+// Fills tiles, chosen, weights, sorted and totals; ends with a barrier. An expert's pairs keep
+// their order, so that every block of the grid makes the same tiles.
 __device__ __forceinline__ void sort_pairs(const Args& a, const Shared& s, int columns) {
   const int thread = threadIdx.x, lane = thread % 32;
   const int experts = int(a.call.set.num_experts);
@@ -159,8 +160,12 @@ __device__ __forceinline__ void sort_pairs(const Args& a, const Shared& s, int c
     Tile* tile = s.tiles + first_tile[e];
     for (int done = 0; done < count[e]; done += columns) {
       const int left = count[e] - done;
-      *tile++ = {static_cast<const char*>(expert.gate), static_cast<const char*>(expert.down), e,
-                 first_pair[e] + done, left < columns ? left : columns, 0};
+      *tile++ = {static_cast<const char*>(expert.gate),
+                 static_cast<const char*>(expert.down),
+                 e,
+                 first_pair[e] + done,
+                 left < columns ? left : columns,
+                 0};
     }
   }
   __syncthreads();  // tiles are whole, and the ring is free
@@ -406,8 +411,8 @@ class Worker {
   const int lane, warp, parity_;
   char* ring_;
   int num_tiles_, items_w13_, items_;
-  Place ahead_;                // of the next copy
-  int read_ = 0, write_ = 0;   // stages
+  Place ahead_;               // of the next copy
+  int read_ = 0, write_ = 0;  // stages
   bool h_may_be_awaited_ = false;
   int seen_tiles_ = -1;  // the 32 tiles that seen_ is of
   uint32_t seen_ = 0;    // which of them are whole

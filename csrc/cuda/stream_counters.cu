@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "stream_counters.cuh"
-
 #include <mutex>
+
+#include "stream_counters.cuh"
 
 namespace ey::cuda::stream {
 namespace {

@@ -13,7 +13,8 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
+// always: a planted bug must not be lost to the same function of another file
+#define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 
@@ -256,8 +257,9 @@ inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d = 0;
   for (int half = 0; half < 32; half += 16) {
     // A product of two bf16 is exact in fp32, and in fp64 so is its sum with a third here.
-    const double sum = double(bf16_to_float(a >> half & 0xffff)) * bf16_to_float(b >> half & 0xffff) +
-                       bf16_to_float(c >> half & 0xffff);
+    const double sum =
+        double(bf16_to_float(a >> half & 0xffff)) * bf16_to_float(b >> half & 0xffff) +
+        bf16_to_float(c >> half & 0xffff);
     d |= uint32_t(float_to_bf16(float(sum))) << half;
   }
   return d;
@@ -273,10 +275,11 @@ inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
 inline void add_release(uint32_t* counter, uint32_t n) {
   preemption_point();
   *counter += n;
-  emu::grid->made_progress();
+  emu::grid->changed();
   preemption_point();
 }
 inline uint32_t load_acquire(const uint32_t* counter) {
+  emu::grid->polled();
   emu::grid->yield();
   return *counter;
 }

@@ -22,7 +22,10 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719,
 };
 using cudaStream_t = void*;
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 inline const cudaStream_t cudaStreamPerThread = reinterpret_cast<cudaStream_t>(2);
@@ -51,7 +54,7 @@ struct Machine {
   int launch_device = -1;             // of the last kernel
   int capture_mode = cudaStreamCaptureModeGlobal;
   unsigned long long capture_id = 0;  // of every stream; 0: none is captured
-  std::string failure;  // of the kernel that failed last
+  std::string failure;                // of the kernel that failed last
 };
 inline Machine machine;
 

@@ -153,8 +153,8 @@ class Problem {
   }
 
  private:
-  // h is rounded to bf16 here too; where the kernel's fp32 sums fall on the other side of a tie, one
-  // h differs by a step: allowed for the largest |down * h| of the row, besides fp32 rounding.
+  // h is rounded to bf16 here too; where the kernel's fp32 sums fall on the other side of a tie,
+  // one h differs by a step: allowed for the largest |down * h| of the row, besides fp32 rounding.
   void add(const Expert& x, const double* xs, double weight, std::vector<double>& h,
            std::vector<double>& expected, std::vector<double>& allowed) {
     const size_t H = size_t(shape.hidden), I = size_t(shape.intermediate);
@@ -314,17 +314,28 @@ TEST(stream_edge_shapes) {
 
 TEST(stream_many_tokens_of_an_expert) {
   for (const Kind& kind : formats()) {
-    for (int tokens : {0, 1, 8, 9, 17, 40}) {
-      Shape s;
-      s.format = kind.format;
-      s.packing = kind.packing;
-      s.tokens = tokens;
-      s.top_k = 3;
-      s.num_experts = tokens > 9 ? 6 : 2;  // above: two blocks of columns
-      s.hidden = 72;
-      s.intermediate = 48;
-      s.nulls = tokens == 40;
-      run_and_check(s);
+    for (int tokens : {0, 1, 9, 40}) {
+      for (int used : {2, 13}) {  // experts; 13: enough pairs an expert for two blocks of columns
+        emu::machine.most_shared_bytes = (used == 2 ? 99 : 227) * 1024;
+        Shape s;
+        s.format = kind.format;
+        s.packing = kind.packing;
+        s.tokens = tokens;
+        s.top_k = 3;
+        s.num_experts = used == 2 ? 30 : 20;
+        s.hidden = 72;
+        s.intermediate = 48;
+        s.nulls = tokens == 40;
+        Problem problem(s, emu::options.seed);
+        std::mt19937_64 random(emu::options.seed);
+        for (int p = 0; p < tokens * s.top_k; ++p) {
+          problem.set_id(size_t(p), int64_t(random() % uint64_t(used)));
+        }
+        CHECK(tokens == 0 || problem.isa() == "cuda_stream");
+        const ey::Status status = problem.run();
+        if (!status.ok) testing::fail("%s (%s)", status.what, emu::machine.failure.c_str());
+        problem.check();
+      }
     }
   }
 }
@@ -332,7 +343,7 @@ TEST(stream_many_tokens_of_an_expert) {
 TEST(stream_many_experts) {
   for (int top_k : {1, 8}) {
     Shape s;
-    s.tokens = 12;
+    s.tokens = 40;
     s.top_k = top_k;
     s.num_experts = 300;
     s.hidden = 32;
@@ -502,6 +513,18 @@ TEST(grouped_tiles_of_every_width) {
       }
     }
   }
+}
+
+TEST(grouped_many_experts) {
+  Shape s;
+  s.tokens = 300;
+  s.top_k = 4;
+  s.num_experts = 600;
+  s.hidden = 8;
+  s.intermediate = 8;
+  s.nulls = true;
+  CHECK(Problem(s, 1).isa() == "cuda_grouped");
+  run_and_check(s);
 }
 
 TEST(grouped_edge_shapes) {

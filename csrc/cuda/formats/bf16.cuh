@@ -10,7 +10,8 @@ namespace ey::cuda {
 struct Bf16Blocks {
   static constexpr Format kFormat = Format::kBf16;
   static constexpr bool kScaled = false;
-  static constexpr int kStepK = 2, kChunkK = 64, kQuads = 2, kSlices = 1, kTokenPad = 16, kOrder = 16,
+  static constexpr int kStepK = 2, kChunkK = 64, kQuads = 2, kSlices = 1, kTokenPad = 16,
+                       kOrder = 16,
                        kMostBlocks = 16;  // 128 sums a lane, and no others
 
   __device__ static __forceinline__ uint32_t pair(const uint32_t (&dwords)[2], int, int half) {

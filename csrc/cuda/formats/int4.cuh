@@ -13,7 +13,8 @@ namespace ey::cuda {
 struct Int4Blocks {
   static constexpr Format kFormat = Format::kInt4;
   static constexpr bool kScaled = true;
-  static constexpr int kStepK = 8, kChunkK = 128, kQuads = 1, kSlices = 2, kTokenPad = 64, kOrder = 8,
+  static constexpr int kStepK = 8, kChunkK = 128, kQuads = 1, kSlices = 2, kTokenPad = 64,
+                       kOrder = 8,
                        kMostBlocks = 8;  // 64 sums a lane, and 64 of a group
 
   // Pairs of k: (0, 2), (4, 6) of slice 0, (1, 3), (5, 7) of slice 1.

@@ -13,7 +13,8 @@ namespace ey::cuda {
 struct Int8Blocks {
   static constexpr Format kFormat = Format::kInt8;
   static constexpr bool kScaled = true;
-  static constexpr int kStepK = 4, kChunkK = 64, kQuads = 1, kSlices = 1, kTokenPad = 32, kOrder = 4,
+  static constexpr int kStepK = 4, kChunkK = 64, kQuads = 1, kSlices = 1, kTokenPad = 32,
+                       kOrder = 4,
                        kMostBlocks = 8;  // 64 sums a lane, and 64 of a group
 
   // Pairs of k: (0, 2) for half 0, (1, 3) for half 1.

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // mxfp4 weights in blocks: e2m1 codes (sign, 2 bits of exponent, 1 of mantissa), byte j of a dword
-// with w[k + j] in its low nibble and w[k + 4 + j] in its high one. A quad (4 steps) is 32 k: two mma.
+// with w[k + j] in its low nibble and w[k + 4 + j] in its high one. A quad (4 steps) is 32 k: two
+// mma.
 //
-// The bits seem, put where bf16 has its sign, the low 2 bits of its exponent and the high one of its
-// mantissa, are the same number times 2^(1 - 127), 0.5 too; a product with 2^126 makes it exact.
+// The bits seem, put where bf16 has its sign, the low 2 bits of its exponent and the high one of
+// its mantissa, are the same number times 2^(1 - 127), 0.5 too; a product with 2^126 makes it
+// exact.
 #pragma once
 
 #include "../format.cuh"
@@ -13,7 +15,8 @@ namespace ey::cuda {
 struct Mxfp4Blocks {
   static constexpr Format kFormat = Format::kMxfp4;
   static constexpr bool kScaled = true;
-  static constexpr int kStepK = 8, kChunkK = 128, kQuads = 1, kSlices = 2, kTokenPad = 64, kOrder = 8,
+  static constexpr int kStepK = 8, kChunkK = 128, kQuads = 1, kSlices = 2, kTokenPad = 64,
+                       kOrder = 8,
                        kMostBlocks = 8;  // 64 sums a lane, and 64 of a group
 
   // Pairs of k: (0, 2), (4, 6) of slice 0, (1, 3), (5, 7) of slice 1.
