@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bench/gpu_check.sh, but for the GPU: what it says where there is none, arguments, parts, resuming,
-the results file, and the random packed weights that it measures with."""
+"""bench/gpu_check.sh, but for the GPU: what it says where there is none, arguments, parts,
+resuming, the results file, and the random packed weights that it measures with."""
 
 import json
 import os
@@ -83,9 +83,7 @@ def test_the_script_ends_with_a_sentence_where_there_is_no_gpu() -> None:
 
 def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
-        *parts.PART_NAMES
-    ]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [*parts.PART_NAMES]
     assert command.main(["--minutes", "0"]) == 2
     with pytest.raises(SystemExit):
         command.main(["--part", "celings"])

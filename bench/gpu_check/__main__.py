@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .parts import PARTS, PART_NAMES
+from .parts import PART_NAMES, PARTS
 from .run import run_parts
 from .state import State
 

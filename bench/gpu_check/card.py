@@ -58,7 +58,16 @@ class Card:
             return {"left_out": "compute-sanitizer is not installed"}
         results = {}
         for check in ("memcheck", "racecheck", "synccheck"):
-            command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "pytest"]
+            command = [
+                tool,
+                "--tool",
+                check,
+                "--error-exitcode",
+                "9",
+                sys.executable,
+                "-m",
+                "pytest",
+            ]
             run([*command, "-q", "-m", "gpu", "-k", "small_call", "tests"], seconds / 3)
             results[check] = "clean"
         return results

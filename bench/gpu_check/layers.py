@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer's experts on the GPU, ours in a format or a peer's in bf16, and how long a call takes.
 
-Weights are random bits with sane scales: `tests` is where results are checked, against float64, and
-where the packer is used; packing 256 real experts would take longer than measuring them. Calls rotate
-over routings, so that the weights of one are not in L2 when the next begins.
+Weights are random bits with sane scales: `tests` is where results are checked, against float64,
+and where the packer is used; packing 256 real experts would take longer than measuring them. Calls
+rotate over routings, so that the weights of one are not in L2 when the next begins.
 """
 
 from collections.abc import Callable, Sequence
@@ -144,7 +144,11 @@ def _blocks(shape: Shape, format: str) -> PackedExperts:
         for _ in range(shape.num_experts):
             out.append(random_blob(f.base, scale, group, f.asymmetric, k, size, "cuda"))
     zeros = torch.zeros(shape.num_experts, max(h, i), device="cuda")
-    biases = {"gate_bias": [*zeros[:, :i]], "up_bias": [*zeros[:, :i]], "down_bias": [*zeros[:, :h]]}
+    biases = {
+        "gate_bias": [*zeros[:, :i]],
+        "up_bias": [*zeros[:, :i]],
+        "down_bias": [*zeros[:, :h]],
+    }
     return PackedExperts.from_blobs(
         Blobs(f, scale, h, i, *blobs), activation=shape.activation,
         **(biases if shape.bias else {}),

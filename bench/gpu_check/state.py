@@ -29,7 +29,9 @@ class State:
             before, parts = data["machine"], data["parts"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a results file of gpu_check ({error})") from None
-        differ = sorted(k for k in machine.keys() | before.keys() if machine.get(k) != before.get(k))
+        differ = sorted(
+            k for k in machine.keys() | before.keys() if machine.get(k) != before.get(k)
+        )
         if differ:
             raise ValueError(
                 f"{path}: measured with another {', '.join(differ)}; move it away, or give --out"

@@ -7,13 +7,30 @@ namespace ey::cuda {
 namespace {
 
 // Larger calls go in runs of whole tokens: what lies between the two products would be gigabytes
-// for 16384 tokens of a large model.
-constexpr int64_t kMostWorkspace = int64_t(128) << 20;
+// for 16384 tokens of a large model. Every run reads the weights again, so a large layer gets more.
+constexpr int64_t kLeastWorkspace = int64_t(128) << 20, kMostWorkspace = int64_t(1) << 30;
+
+int64_t weight_bytes(const ExpertSet& set) {
+  if (set.layout == Layout::kBlocks) {
+    return set.num_experts *
+           (w13_blocks(set.intermediate_size) *
+                BlockShape{set.format, set.packing, set.hidden_size}.block_bytes() +
+            w2_blocks(set.hidden_size) *
+                BlockShape{set.format, set.packing, set.intermediate_size}.block_bytes());
+  }
+  return set.num_experts * 3 * set.hidden_size * set.intermediate_size * size_of(set.format);
+}
+
+int64_t most_workspace(const ExpertSet& set) {
+  const int64_t quarter = weight_bytes(set) / 4;
+  const int64_t most = quarter > kLeastWorkspace ? quarter : kLeastWorkspace;
+  return most < kMostWorkspace ? most : kMostWorkspace;
+}
 
 int64_t tokens_per_run(const MoeArgs& args, const Family& family) {
   // A pair's part of the workspace is linear but for rounding, which 1024 tokens even out.
   const int64_t a_token = family.workspace_bytes(args, 1024) / 1024 + 1;
-  int64_t tokens = kMostWorkspace / a_token;
+  int64_t tokens = most_workspace(*args.set) / a_token;
   if (tokens * args.top_k > INT32_MAX) tokens = INT32_MAX / args.top_k;
   if (tokens < 1) tokens = 1;
   return tokens < args.num_tokens ? tokens : args.num_tokens;
