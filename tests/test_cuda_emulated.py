@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 EMULATOR = ROOT / "tests" / "cuda_emulator"
-SOURCES = ("device.cu", "table.cu", "experts.cu", "experts_rows.cu", "experts_tiles.cu")
+SOURCES = tuple(path.name for path in sorted(CUDA.glob("*.cu")))
+TESTS = ("experts_test.cpp", "packed_test.cpp")  # weights as they lie, packed weights
 GXX = shutil.which("g++")
 FLAGS = (
     *("-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
@@ -21,8 +22,23 @@ FLAGS = (
 
 pytestmark = pytest.mark.skipif(GXX is None, reason="g++ is not installed")
 
-# What is planted: file, the text as it is, the text with the bug, a case that must notice.
+# What is planted: file, the text as it is, the text with the bug, a case that must notice. A bug in
+# what all packed formats share is compiled into int4's kernels alone.
 ROWS, TILES, CALL = "experts_rows.cuh", "experts_tiles.cuh", "experts.cu"
+STREAM, GROUPED, CHUNK, ROUTING = "stream.cuh", "grouped.cuh", "chunk.cuh", "routing.cuh"
+ENDS = "grouped_ends.cuh"
+COMPILED_IN = {
+    ROWS: "experts_rows.cu",
+    TILES: "experts_tiles.cu",
+    STREAM: "packed_int4.cu",
+    GROUPED: "packed_int4.cu",
+    CHUNK: "packed_int4.cu",
+    "scale.cuh": "packed_int4.cu",
+    "format.cuh": "packed_int4.cu",
+    ROUTING: "grouped.cu",
+    ENDS: "grouped.cu",
+    **{f"formats/{f}.cuh": f"packed_{f}.cu" for f in ("bf16", "int8", "fp8", "int4", "mxfp4")},
+}
 BUGS = {
     "rows: no barrier before shared memory is read": (
         ROWS, "__syncthreads();  // the stage is whole", "//", "every_format"
@@ -42,14 +58,14 @@ BUGS = {
     "rows: lanes leave before the shuffles": (
         ROWS, "if (!has_row) return;", "if (!has_row || lane == 7) return;", "every_format"
     ),
-    "tiles: no barrier before counting": (
-        TILES, "__syncthreads();  // counts are zero", "//", "more_experts"
+    "routing: no barrier before counting": (
+        ROUTING, "__syncthreads();  // counts are zero", "//", "grouped_tiles_of_every_width"
     ),
-    "tiles: no barrier before counts are used": (
-        TILES, "__syncthreads();  // counts are whole", "//", "more_experts"
+    "routing: no barrier before counts are used": (
+        ROUTING, "__syncthreads();  // counts are whole", "//", "grouped_tiles_of_every_width"
     ),
-    "tiles: no barrier before places are counted up": (
-        TILES, "__syncthreads();  // first_pair is no longer read", "//", "more_experts"
+    "routing: no barrier before places are counted up": (
+        ROUTING, "__syncthreads();  // first_pair is no longer read", "//", "grouped_many_experts"
     ),
     "tiles: no barrier between copies and their use": (
         TILES, "__syncthreads();  // this stage is whole", "//", "tiles_of_every_width"
@@ -66,9 +82,126 @@ BUGS = {
     "call: runs of tokens overlap": (
         CALL, "first * row_bytes);", "(first > 0) * row_bytes);", "edge_shapes"
     ),
+    "stream: no barrier before the sort": (
+        STREAM, "__syncthreads();  // choices are known", "//", "stream_many_experts"
+    ),
+    "stream: no barrier before places are used": (
+        STREAM, "__syncthreads();  // every expert has its place", "//", "stream_many_experts"
+    ),
+    "stream: no barrier before the ring is used": (
+        STREAM, "__syncthreads();  // tiles are whole", "//", "stream_many_experts"
+    ),
+    "stream: the sort counts before all have read": (
+        STREAM, "__syncwarp();  // counts are read", "//", "stream_many_tokens"
+    ),
+    "stream: shares are summed before they are there": (
+        STREAM, "__syncthreads();  // all shares are there", "//", "stream_random"
+    ),
+    "stream: one buffer for the shares of two items": (
+        STREAM, "turn % 2 * (kWarps", "turn % 1 * (kWarps", "stream_random"
+    ),
+    "stream: lanes run ahead of each other": (
+        STREAM, "__syncwarp();  // the chunk is here", "//", "stream_random"
+    ),
+    "stream: a copy is not waited for": (
+        STREAM, "copy_wait_for(a.stages - 2)", "copy_wait_for(a.stages - 1)", "stream_random"
+    ),
+    "stream: h is not awaited by what was copied ahead": (
+        STREAM, "      await_tile(index);", "", "stream_random"
+    ),
+    "stream: h is not awaited by what is copied later": (
+        STREAM, "await_tile(index / m.num_blocks);", "", "stream_many_experts"
+    ),
+    "stream: late copies of h are not waited for": (
+        STREAM, "ptx::copy_wait_for(0);  // once", "//", "stream_on_cards"
+    ),
+    "stream: h is whole one pair early": (
+        STREAM, "uint32_t((s.tiles[mine].count + 1) / 2)", "uint32_t(s.tiles[mine].count / 2)",
+        "stream_many_tokens"
+    ),
+    "stream: y is not awaited": (STREAM, "!= all_pairs) {", "> all_pairs) {", "stream_random"),
+    "stream: a warp reports before its lanes have written": (
+        STREAM, "__syncwarp();  // written by all lanes\n      if (lane == 0) ptx::add_release("
+        "&a.counters->done", "if (lane == 0) ptx::add_release(&a.counters->done", "stream_random"
+    ),
+    "stream: the next launch finds counters that are not zero": (
+        STREAM, "a.counters->ready[1 - parity][i] = 0;", "", "stream_launches"
+    ),
+    "stream: the parity does not change": (
+        STREAM, "kLaunch - (gridDim.x - 1) : 1", "1 : 1", "stream_launches"
+    ),
+    "stream: h of the wrong pair": (
+        STREAM, "const int64_t row = kH ? pair : pair", "const int64_t row = kH ? 0 : pair",
+        "stream_random"
+    ),
+    "stream: a stage too small": (
+        "stream.cu", "c.heads_bytes + format.chunk_bytes + c.columns",
+        "c.heads_bytes + format.chunk_bytes + (c.columns - 1)", "stream_every_kind"
+    ),
+    "chunk: heads of lines that are not there": (
+        CHUNK, "valid ? line_begin + i * m.line_bytes + lane * 16 : block, valid)",
+        "line_begin + i * m.line_bytes + lane * 16, valid || true)", "stream_every_kind"
+    ),
+    "chunk: weights read past the matrix": (
+        CHUNK, "valid ? from + q * 512 + heads : block, valid)",
+        "from + q * 512 + heads, valid || true)", "stream_every_kind"
+    ),
+    "chunk: rows in another order": (
+        CHUNK, "F::pair(dwords[2 * j + 1], s, 0)", "F::pair(dwords[2 * (1 - j) + 1], s, 0)",
+        "stream_random"
+    ),
+    "chunk: the scale of another row": (
+        CHUNK, "scales[2 * j + i / 2] * products", "scales[2 * j + i % 2] * products",
+        "stream_every_kind"
+    ),
+    "chunk: the scales of another group": (
+        CHUNK, "stage + (q >> m.quad_shift) * m.head_bytes;", "stage;", "stream_every_kind"
+    ),
+    "chunk: a group's products are not cleared": (
+        CHUNK, "products[j][n][i] = 0.0f;", "", "stream_every_kind"
+    ),
+    "chunk: zeros are left out": (
+        CHUNK, "(zeros[2 * j + i / 2] - kInt4Middle)", "0.0f", "stream_every_kind"
+    ),
+    "grouped: no barrier before the pairs are used": (
+        GROUPED, "__syncthreads();  // the pairs are known", "//", "grouped_random"
+    ),
+    "grouped: no barrier between copies and their use": (
+        GROUPED, "__syncthreads();  // this stage is whole", "//", "grouped_random"
+    ),
+    "grouped: a copy is not waited for": (
+        GROUPED, "copy_wait_for(a.stages - 2)", "copy_wait_for(a.stages - 1)", "grouped_random"
+    ),
+    "grouped: gate and up change places": (
+        GROUPED, "const bool has_gate = g < 4;", "const bool has_gate = g >= 4;", "grouped_random"
+    ),
+    "grouped: h in another order than the products": (
+        GROUPED, "place(a.order, int(row) + i / 2)", "int(row) + i / 2", "grouped_random"
+    ),
+    "grouped: x in another order than the products": (
+        ENDS, "place(order, k)", "place(order == 4 ? 8 : 4, k)", "grouped_random"
+    ),
+    "grouped: no barrier before the slots are used": (
+        ENDS, "__syncthreads();  // slots are known", "//", "grouped_random"
+    ),
+    "bf16: the wrong half": (
+        "formats/bf16.cuh", "return dwords[half];", "return dwords[1 - half];", "stream_every_kind"
+    ),
+    "int8: the high bit is lost": (
+        "formats/int8.cuh", "& 0x00800080u", "& 0x00000080u", "stream_every_kind"
+    ),
+    "fp8: the sign is lost": ("formats/fp8.cuh", "0x80008000u", "0u", "stream_every_kind"),
+    "int4: nibbles in another order": (
+        "formats/int4.cuh", "8 * slice + 4 * half", "8 * half + 4 * slice", "stream_every_kind"
+    ),
+    "mxfp4: twice as large": ("formats/mxfp4.cuh", "0x7e807e80u", "0x7f007f00u", "stream_every"),
+    "scales: an exponent is off by one": (
+        "scale.cuh", "Bf16::unpack(v.y, out + 2);", "Bf16::unpack(v.x, out + 2);",
+        "stream_every_kind"
+    ),
 }  # fmt: skip
 # So small that every problem goes in several chunks.
-SMALL_WORKSPACE = (CALL, "int64_t(128) << 20", "int64_t(1) << 10")
+SMALL_WORKSPACE = (CALL, "int64_t(1) << 30", "int64_t(1) << 10")
 
 
 def run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
@@ -100,7 +233,7 @@ class Build:
         header = folder / "first.h.gch"
         compile_file(folder / "first.h", ROOT / "csrc", header, "-x", "c++-header")
         build = cls(folder, {})
-        for source in (*(CUDA / name for name in SOURCES), EMULATOR / "experts_test.cpp"):
+        for source in (*(CUDA / name for name in SOURCES), *(EMULATOR / name for name in TESTS)):
             build.objects[source.name] = build.compile(source, ROOT / "csrc", folder)
         return build
 
@@ -108,18 +241,20 @@ class Build:
         flags = (f"-I{self.folder}", "-include", "first.h", "-x", "c++", "-c")
         return compile_file(source, csrc, to / f"{source.name}.o", *flags)
 
-    def program_with(self, changes: list[tuple[str, str, str]], folder: Path) -> Path:
-        """The test program, its changed files compiled from a copy of the sources."""
+    def program_with(
+        self, changes: list[tuple[str, str, str]], folder: Path, test: str = "experts_test.cpp"
+    ) -> Path:
+        """A test program, its changed files compiled from a copy of the sources."""
         csrc = folder / "csrc"
         shutil.copytree(CUDA, csrc / "cuda")
-        for header in ("moe.h", "status.h"):
+        for header in ("moe.h", "blocks.h", "status.h"):
             shutil.copy(ROOT / "csrc" / header, csrc)
         for name, old, new in changes:
             text = (csrc / "cuda" / name).read_text()
             assert text.count(old) == 1, f"{name} has {old!r} {text.count(old)} times"
             (csrc / "cuda" / name).write_text(text.replace(old, new))
-        objects = dict(self.objects)
-        for name in {f"{Path(name).stem}.cu" for name, _, _ in changes}:
+        objects = {k: v for k, v in self.objects.items() if k == test or k not in TESTS}
+        for name in {COMPILED_IN.get(name, name) for name, _, _ in changes}:
             objects[name] = self.compile(csrc / "cuda" / name, csrc, folder)
         return link(list(objects.values()), folder / "program")
 
@@ -137,16 +272,20 @@ def test_the_emulator_finds_what_it_promises_to(build: Build, tmp_path: Path) ->
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_kernels_and_host_side_are_right(build: Build, tmp_path: Path) -> None:
-    program = build.program_with([], tmp_path)
+@pytest.mark.parametrize("test", TESTS)
+def test_kernels_and_host_side_are_right(test: str, build: Build, tmp_path: Path) -> None:
+    program = build.program_with([], tmp_path, test)
     for seed in ("0", "1"):
         done = run([str(program), "--seed", seed], 120)
         assert done.returncode == 0, done.stdout + done.stderr
         assert " 0 failures" in done.stdout
 
 
-def test_calls_larger_than_the_workspace_go_in_runs(build: Build, tmp_path: Path) -> None:
-    program = build.program_with([SMALL_WORKSPACE], tmp_path)
+@pytest.mark.parametrize("test", TESTS)
+def test_calls_larger_than_the_workspace_go_in_runs(
+    test: str, build: Build, tmp_path: Path
+) -> None:
+    program = build.program_with([SMALL_WORKSPACE], tmp_path, test)
     done = run([str(program), "edge_shapes", "random_problems", "an_id_out_of_range"], 120)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -155,7 +294,8 @@ def test_calls_larger_than_the_workspace_go_in_runs(build: Build, tmp_path: Path
 def test_a_planted_bug_is_found(bug: str, build: Build, tmp_path: Path) -> None:
     name, old, new, case = BUGS[bug]
     changes = [(name, old, new)] + ([SMALL_WORKSPACE] if name == CALL else [])
-    program = build.program_with(changes, tmp_path)
+    test = "packed_test.cpp" if case.startswith(("stream", "grouped")) else "experts_test.cpp"
+    program = build.program_with(changes, tmp_path, test)
     for seed in ("0", "1"):
-        done = run([str(program), "--seed", seed, case], 120)
+        done = run([str(program), "--stop", "--seed", seed, case], 120)
         assert done.returncode != 0, f"seed {seed} does not notice: {bug}"

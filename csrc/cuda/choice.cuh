@@ -2,7 +2,7 @@
 // What every kernel here needs of one call, and which expert a pair has chosen.
 #pragma once
 
-#include "../moe.h"
+#include "../blocks.h"
 #include "bad_id.cuh"
 #include "numbers.cuh"
 #include "ptx.cuh"

@@ -43,10 +43,11 @@ Status free_table(int device, ExpertSet* set);
 Status take_bad_id(const ExpertSet& set);
 
 // Bytes of 256-byte aligned device memory that moe_experts needs for these args; at most about
-// 128 MiB, unless one token alone needs more.
+// 128 MiB, or a quarter of the weights up to 1 GiB, unless one token alone needs more.
 int64_t workspace_bytes(const MoeArgs& args);
 
-// The kernels that moe_experts picks: "cuda_rows", "cuda_tiles". A string that lives for ever.
+// The kernels that moe_experts picks: "cuda_rows", "cuda_tiles" for weights where they lie,
+// "cuda_stream", "cuda_grouped" for packed ones. A string that lives for ever.
 const char* kernel_isa(const MoeArgs& args);
 
 // The op of moe.h on this device; all pointers are its memory, and the stream is its own. Queues

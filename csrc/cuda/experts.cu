@@ -1,29 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0
 // The experts op on a GPU: which kernels, in what runs of tokens, in how much workspace.
-#include "family.cuh"
+#include "family_choice.cuh"
 #include "status.cuh"
 
 namespace ey::cuda {
 namespace {
 
 // Larger calls go in runs of whole tokens: what lies between the two products would be gigabytes
-// for 16384 tokens of a large model.
-constexpr int64_t kMostWorkspace = int64_t(128) << 20;
+// for 16384 tokens of a large model. Every run reads the weights again, so a large layer gets more.
+constexpr int64_t kLeastWorkspace = int64_t(128) << 20, kMostWorkspace = int64_t(1) << 30;
 
-// Tensor cores pay from where experts have more than one pair each on average: up to there the dot
-// products read hardly any weight twice. Not yet measured on a GPU.
-bool wants_tiles(const MoeArgs& args) {
-  return args.num_tokens * args.top_k > args.set->num_experts;
+int64_t weight_bytes(const ExpertSet& set) {
+  if (set.layout == Layout::kBlocks) {
+    return set.num_experts *
+           (w13_blocks(set.intermediate_size) *
+                BlockShape{set.format, set.packing, set.hidden_size}.block_bytes() +
+            w2_blocks(set.hidden_size) *
+                BlockShape{set.format, set.packing, set.intermediate_size}.block_bytes());
+  }
+  return set.num_experts * 3 * set.hidden_size * set.intermediate_size * size_of(set.format);
 }
 
-const Family& family_of(const MoeArgs& args) {
-  return wants_tiles(args) && kTiles.serves(args) ? kTiles : kRows;
+int64_t most_workspace(const ExpertSet& set) {
+  const int64_t quarter = weight_bytes(set) / 4;
+  const int64_t most = quarter > kLeastWorkspace ? quarter : kLeastWorkspace;
+  return most < kMostWorkspace ? most : kMostWorkspace;
 }
 
 int64_t tokens_per_run(const MoeArgs& args, const Family& family) {
   // A pair's part of the workspace is linear but for rounding, which 1024 tokens even out.
   const int64_t a_token = family.workspace_bytes(args, 1024) / 1024 + 1;
-  int64_t tokens = kMostWorkspace / a_token;
+  int64_t tokens = most_workspace(*args.set) / a_token;
   if (tokens * args.top_k > INT32_MAX) tokens = INT32_MAX / args.top_k;
   if (tokens < 1) tokens = 1;
   return tokens < args.num_tokens ? tokens : args.num_tokens;
@@ -39,7 +46,9 @@ Status prepare(int device) {
   if (current.error() != cudaSuccess) return cuda_failed(current.error(), "cudaSetDevice");
   const OutsideCapture outside;
   cudaError_t error = kRows.load();
-  if (error == cudaSuccess) error = kTiles.load();
+  for (const Family* family : {&kTiles, &kStream, &kGrouped}) {
+    if (error == cudaSuccess) error = family->load();
+  }
   if (error == cudaSuccess) return {};
   cudaGetLastError();
   if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction) {

@@ -42,8 +42,9 @@ cudaError_t run(const Chunk& chunk, int64_t tokens, void* workspace, cudaStream_
       return run_format<Bf16>(chunk, tokens, h, stream);
     case Format::kFp16:
       return run_format<Fp16>(chunk, tokens, h, stream);
+    default:  // there are no rows of packed formats
+      return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 template <class W>

@@ -13,6 +13,7 @@
 #include "activation.cuh"
 #include "choice.cuh"
 #include "numbers.cuh"
+#include "warp.cuh"
 
 namespace ey::cuda::rows {
 
@@ -21,7 +22,6 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kBlocksPerSm =
     4;  // 64 registers a thread: 32 warps, with 2 to 4 KiB of loads in flight each
 constexpr int kStage = 2048;  // values of x in shared memory at a time: 8 KiB
-constexpr uint32_t kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ float sum_of_warp(float v) {
   for (int distance = 16; distance > 0; distance /= 2) {

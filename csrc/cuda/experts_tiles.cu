@@ -5,13 +5,11 @@
 namespace ey::cuda {
 namespace {
 
-constexpr int64_t kMostExperts = 4096;  // route's counts fit in 48 KiB
-
 bool serves(const MoeArgs& args) {
   const ExpertSet& set = *args.set;
   return set.format == Format::kBf16 && args.hidden_dtype == DType::kBF16 && set.rows_are_aligned &&
          set.hidden_size % 8 == 0 && set.intermediate_size % 8 == 0 && set.intermediate_size > 0 &&
-         args.top_k > 0 && set.num_experts <= kMostExperts &&
+         args.top_k > 0 && set.num_experts <= kMostRoutedExperts &&
          reinterpret_cast<uintptr_t>(args.hidden_states) % 16 == 0 &&
          set.hidden_size <= kMostGridY * tiles::kCombineThreads &&
          set.intermediate_size <= kMostGridY * 16 * tiles::kWarps;
@@ -25,7 +23,7 @@ struct Parts {
     y = h + round_up(pairs * set.intermediate_size * int64_t(sizeof(uint16_t)), 256);
     sorted = y + round_up(pairs * set.hidden_size * int64_t(sizeof(float)), 256);
     tile_list = sorted + round_up(pairs * int64_t(sizeof(int32_t)), 256);
-    num_tiles = tile_list + round_up(pairs * int64_t(sizeof(tiles::Tile)), 256);
+    num_tiles = tile_list + round_up(pairs * int64_t(sizeof(Tile)), 256);
     end = num_tiles + 256;
   }
 };
@@ -40,9 +38,9 @@ cudaError_t run_blocks(const Chunk& chunk, int64_t tokens, char* workspace, cuda
   const Parts parts(chunk.set, pairs);
   auto* const h = reinterpret_cast<uint16_t*>(workspace + parts.h);
   auto* const y = reinterpret_cast<float*>(workspace + parts.y);
-  const tiles::Routing routing{reinterpret_cast<int32_t*>(workspace + parts.num_tiles),
-                               reinterpret_cast<tiles::Tile*>(workspace + parts.tile_list),
-                               reinterpret_cast<int32_t*>(workspace + parts.sorted)};
+  const Routing routing{reinterpret_cast<int32_t*>(workspace + parts.num_tiles),
+                        reinterpret_cast<Tile*>(workspace + parts.tile_list),
+                        reinterpret_cast<int32_t*>(workspace + parts.sorted)};
 
   constexpr int kPairs = tiles::Shape<kBlocks>::kPairs,
                 kShared = tiles::Shape<kBlocks>::kSharedBytes;
@@ -52,16 +50,16 @@ cudaError_t run_blocks(const Chunk& chunk, int64_t tokens, char* workspace, cuda
   if (error != cudaSuccess) return error;
 
   // As many tiles as there can be; blocks beyond those that there are leave at once.
-  const unsigned most_tiles = unsigned(pairs / kPairs + (experts < pairs ? experts : pairs));
+  const unsigned most = unsigned(most_tiles(pairs, experts, kPairs));
   const auto blocks = [](int64_t rows, int64_t a_block) {
     return unsigned((rows + a_block - 1) / a_block);
   };
   const dim3 threads(tiles::kThreads);
-  const dim3 gate_up_grid(most_tiles, blocks(chunk.set.intermediate_size, 16 * tiles::kWarps));
+  const dim3 gate_up_grid(most, blocks(chunk.set.intermediate_size, 16 * tiles::kWarps));
   error = ptx::launch(tiles::gate_up_tiles<kBlocks>, gate_up_grid, threads, kShared, stream, chunk,
                       routing, h);
   if (error != cudaSuccess) return error;
-  const dim3 down_grid(most_tiles, blocks(chunk.set.hidden_size, 32 * tiles::kWarps));
+  const dim3 down_grid(most, blocks(chunk.set.hidden_size, 32 * tiles::kWarps));
   error = ptx::launch(tiles::down_tiles<kBlocks>, down_grid, threads, kShared, stream, chunk,
                       routing, h, y);
   if (error != cudaSuccess) return error;

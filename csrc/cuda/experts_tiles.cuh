@@ -14,6 +14,7 @@
 
 #include "activation.cuh"
 #include "choice.cuh"
+#include "routing.cuh"
 
 namespace ey::cuda::tiles {
 
@@ -22,7 +23,6 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kBlocksPerSm = 2;  // what shared memory allows on most cards; up to 255 registers
 constexpr int kRouteThreads = 512;
 constexpr int kCombineThreads = 256;
-constexpr uint32_t kAllLanes = 0xffffffffu;
 
 constexpr int kStep = 64;  // values of k that one stage of shared memory holds: 128 bytes of a row
 // 64 bytes more than 128: the 16-byte loads of 8 lanes (2 pairs x 4) fall on all 32 banks once.
@@ -39,82 +39,9 @@ struct Shape {
       kStages * kStageBytes + kPairs * int(sizeof(char*) + sizeof(int));
 };
 
-// Pairs sorted[first] to sorted[first + count - 1] have chosen this expert.
-struct Tile {
-  int32_t expert, first, count;
-};
-
-struct Routing {
-  int32_t* num_tiles;
-  Tile* tiles;
-  int32_t* sorted;  // pairs
-};
-
-// The expert of a pair, or -1.
-__device__ __forceinline__ int expert_of(const Chunk& c, int64_t pair) {
-  int64_t id;
-  ExpertPointers expert;
-  return choose(c, pair, &id, &expert) == Chosen::kExpert ? int(id) : -1;
-}
-
-__device__ __forceinline__ int sum_of_lanes_before(int mine, int lane) {
-  int sum = mine;
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, sum, distance);
-    if (lane >= distance) sum += other;
-  }
-  return sum - mine;
-}
-
-// One block. Shared memory: 3 ints an expert. The order of an expert's pairs depends on the
-// schedule; no result does, since a pair's sums do not depend on its column.
 __global__ void __launch_bounds__(kRouteThreads)
     route(const Chunk c, int32_t pairs, int32_t pairs_per_tile, const Routing r) {
-  const int experts = int(c.set.num_experts);
-  int* const count = reinterpret_cast<int*>(ptx::dynamic_shared());
-  int* const first_pair = count + experts;
-  int* const first_tile = first_pair + experts;
-  const int thread = threadIdx.x;
-
-  for (int e = thread; e < experts; e += kRouteThreads) count[e] = 0;
-  __syncthreads();  // counts are zero
-  for (int p = thread; p < pairs; p += kRouteThreads) {
-    const int e = expert_of(c, p);
-    if (e >= 0) atomicAdd(&count[e], 1);
-  }
-  __syncthreads();  // counts are whole
-  if (thread < 32) {
-    const int a_lane = (experts + 31) / 32;
-    const int begin = thread * a_lane < experts ? thread * a_lane : experts;
-    const int end = begin + a_lane < experts ? begin + a_lane : experts;
-    int pairs_here = 0, tiles_here = 0;
-    for (int e = begin; e < end; ++e) {
-      pairs_here += count[e];
-      tiles_here += (count[e] + pairs_per_tile - 1) / pairs_per_tile;
-    }
-    int pair = sum_of_lanes_before(pairs_here, thread);
-    int tile = sum_of_lanes_before(tiles_here, thread);
-    if (thread == 31) *r.num_tiles = tile + tiles_here;
-    for (int e = begin; e < end; ++e) {
-      first_pair[e] = pair;
-      first_tile[e] = tile;
-      pair += count[e];
-      tile += (count[e] + pairs_per_tile - 1) / pairs_per_tile;
-    }
-  }
-  __syncthreads();  // every expert has its place
-  for (int e = thread; e < experts; e += kRouteThreads) {
-    Tile* out = r.tiles + first_tile[e];
-    for (int done = 0; done < count[e]; done += pairs_per_tile) {
-      const int left = count[e] - done;
-      *out++ = {e, first_pair[e] + done, left < pairs_per_tile ? left : pairs_per_tile};
-    }
-  }
-  __syncthreads();  // first_pair is no longer read, and counts up from here
-  for (int p = thread; p < pairs; p += kRouteThreads) {
-    const int e = expert_of(c, p);
-    if (e >= 0) r.sorted[atomicAdd(&first_pair[e], 1)] = p;
-  }
+  route_pairs<kRouteThreads>(c, pairs, pairs_per_tile, r);
 }
 
 // What the threads of a block share about their tile's pairs.

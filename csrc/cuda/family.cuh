@@ -16,12 +16,8 @@ struct Family {
   cudaError_t (*load)();  // the kernels, onto the current device
 };
 
-extern const Family kRows, kTiles;
+extern const Family kRows, kTiles, kStream, kGrouped;
 
 constexpr int64_t kMostGridY = 65535;
-
-inline int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
 
 }  // namespace ey::cuda

@@ -13,15 +13,17 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
+// always: a planted bug must not be lost to the same function of another file
+#define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 #define threadIdx (emu::current->index)
 #define blockIdx (emu::current->block->index)
 #define blockDim (emu::grid->block_dim)
 #define gridDim (emu::grid->grid_dim)
 
-struct uint2 {
+struct alignas(8) uint2 {
   unsigned x, y;
 };
 struct alignas(16) uint4 {
@@ -67,6 +69,43 @@ T __shfl_up_sync(uint32_t mask, T value, int distance) {
   return shuffle(mask, value, from < 0 ? emu::current->lane : from, "__shfl_up_sync");
 }
 
+inline uint32_t __ballot_sync(uint32_t mask, bool mine) {
+  struct Vote {
+    bool mine;
+    uint32_t all;
+  } vote{mine, 0};
+  emu::meet(mask, vote, "__ballot_sync", [mask](Vote** lanes) {
+    uint32_t all = 0;
+    for (int lane = 0; lane < 32; ++lane) {
+      if (mask >> lane & 1) all |= uint32_t(lanes[lane]->mine) << lane;
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      if (mask >> lane & 1) lanes[lane]->all = all;
+    }
+  });
+  return vote.all;
+}
+
+inline uint32_t __match_any_sync(uint32_t mask, int mine) {
+  struct Match {
+    int mine;
+    uint32_t same;
+  } match{mine, 0};
+  emu::meet(mask, match, "__match_any_sync", [mask](Match** lanes) {
+    for (int a = 0; a < 32; ++a) {
+      for (int b = 0; b < 32; ++b) {
+        if ((mask >> a & 1) && (mask >> b & 1) && lanes[a]->mine == lanes[b]->mine) {
+          lanes[a]->same |= 1u << b;
+        }
+      }
+    }
+  });
+  return match.same;
+}
+
+inline int __popc(uint32_t bits) { return std::popcount(bits); }
+inline int __ffs(uint32_t bits) { return bits ? std::countr_zero(bits) + 1 : 0; }
+
 // Fibers do not run at the same time, so a plain addition is atomic.
 template <class T>
 T atomicAdd(T* address, T value) {
@@ -99,7 +138,13 @@ inline uint4 load16_once(const void* address) {
 }
 inline float4 load_float4(const float* address) { return *aligned<float4>(address, "load_float4"); }
 
+inline void store_float4(float* address, float4 value) {
+  *const_cast<float4*>(aligned<float4>(address, "store_float4")) = value;
+}
 inline uint4 load_uint4(const void* address) { return *aligned<uint4>(address, "load_uint4"); }
+
+inline uint2 load_uint2(const void* address) { return *aligned<uint2>(address, "load_uint2"); }
+inline uint32_t load_uint(const void* address) { return *aligned<uint32_t>(address, "load_uint"); }
 
 // The destination is poisoned now and written at the wait, so reading it too early shows.
 inline void copy16_async(void* shared, const void* from, bool valid) {
@@ -120,16 +165,25 @@ inline void copy_commit() {
   emu::current->uncommitted.clear();
 }
 
-template <int kOpen>
-void copy_wait() {
+inline void copy16_async_cached(void* shared, const void* from, bool valid) {
+  copy16_async(shared, from, valid);
+}
+
+inline void copy_wait_for(int open) {
+  if (open < 0) emu::grid->fail("copy_wait_for: a negative number");
   auto& groups = emu::current->groups;
-  while (int(groups.size()) > kOpen) {
+  while (int(groups.size()) > std::min(open, 7)) {
     for (const emu::AsyncCopy& copy : groups.front()) {
       std::memcpy(copy.to, copy.from, copy.from_bytes);
       std::memset(copy.to + copy.from_bytes, 0, copy.bytes - copy.from_bytes);
     }
     groups.erase(groups.begin());
   }
+}
+
+template <int kOpen>
+void copy_wait() {
+  copy_wait_for(kOpen);
 }
 
 inline float bf16_to_float(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
@@ -198,6 +252,38 @@ inline uint16_t float_to_bf16(float f) {
   if (std::isnan(f)) return 0x7fff;
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+
+inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d = 0;
+  for (int half = 0; half < 32; half += 16) {
+    // A product of two bf16 is exact in fp32, and in fp64 so is its sum with a third here.
+    const double sum =
+        double(bf16_to_float(a >> half & 0xffff)) * bf16_to_float(b >> half & 0xffff) +
+        bf16_to_float(c >> half & 0xffff);
+    d |= uint32_t(float_to_bf16(float(sum))) << half;
+  }
+  return d;
+}
+
+inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t both = uint64_t(high) << 32 | low;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) out |= uint32_t(both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return out;
+}
+
+inline void add_release(uint32_t* counter, uint32_t n) {
+  preemption_point();
+  *counter += n;
+  emu::grid->changed();
+  preemption_point();
+}
+inline uint32_t load_acquire(const uint32_t* counter) {
+  emu::grid->polled();
+  emu::grid->yield();
+  return *counter;
+}
+inline float load_shared_float(const float* address) { return *address; }
 
 inline void store_for_host(uint64_t* address, uint64_t value) { *address = value; }
 

@@ -18,10 +18,17 @@ enum cudaError_t {
   cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101,
   cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorCooperativeLaunchTooLarge = 720,
   cudaErrorLaunchFailure = 719,
 };
 using cudaStream_t = void*;
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+inline const cudaStream_t cudaStreamPerThread = reinterpret_cast<cudaStream_t>(2);
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed = 2 };
 inline constexpr unsigned cudaHostAllocPortable = 1, cudaHostAllocMapped = 2;
 
@@ -40,12 +47,14 @@ struct Machine {
   bool has_code = true;               // this build has code for that capability
   int most_shared_bytes = 99 * 1024;  // of a block: what the smallest cards give
   std::map<const void*, int> shared_bytes_of;
+  int multiprocessors = 4;
   int64_t allocations_left = -1;      // then cudaErrorMemoryAllocation; < 0: without end
   std::map<void*, size_t> allocated;  // device and pinned
   int device = 0;                     // the current one
   int launch_device = -1;             // of the last kernel
   int capture_mode = cudaStreamCaptureModeGlobal;
-  std::string failure;  // of the kernel that failed last
+  unsigned long long capture_id = 0;  // of every stream; 0: none is captured
+  std::string failure;                // of the kernel that failed last
 };
 inline Machine machine;
 
@@ -101,8 +110,13 @@ inline cudaError_t cudaSetDevice(int d) {
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
-  *p = {"Emulated GPU", emu::machine.major, emu::machine.minor, 4};
+  *p = {"Emulated GPU", emu::machine.major, emu::machine.minor, emu::machine.multiprocessors};
   return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emu::machine.multiprocessors
+                                                       : emu::machine.most_shared_bytes;
+  return emu::machine.count_error;
 }
 inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
   *free_bytes = size_t(3) << 30;
@@ -113,6 +127,16 @@ inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mo
   const int before = emu::machine.capture_mode;
   emu::machine.capture_mode = *mode;
   *mode = cudaStreamCaptureMode(before);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status,
+                                            unsigned long long* id) {
+  *status = emu::machine.capture_id ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  *id = emu::machine.capture_id;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t) {
+  std::memset(to, byte, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaMalloc(void** p, size_t bytes) { return emu::allocate(p, bytes); }
@@ -126,6 +150,12 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
   return cudaSuccess;
 }
 namespace ey::cuda::ptx {
+
+template <class T>
+cudaError_t address_of(const T& symbol, void** address) {
+  *address = const_cast<void*>(static_cast<const void*>(&symbol));
+  return cudaSuccess;
+}
 
 template <class... Parameters>
 cudaError_t allow_shared(void (*kernel)(Parameters...), int bytes) {
@@ -156,6 +186,20 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
     return cudaErrorLaunchFailure;
   }
   return cudaSuccess;
+}
+
+// One block a multiprocessor, as for the kernels here that fill its shared memory.
+template <class... Parameters>
+cudaError_t launch_together(void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                            size_t shared_bytes, cudaStream_t stream,
+                            std::common_type_t<Parameters>... arguments) {
+  const unsigned blocks = grid.x * grid.y * grid.z;
+  if (blocks > unsigned(emu::machine.multiprocessors)) return cudaErrorCooperativeLaunchTooLarge;
+  const int before = emu::options.resident_blocks;
+  emu::options.resident_blocks = int(blocks);
+  const cudaError_t error = launch(kernel, grid, block, shared_bytes, stream, arguments...);
+  emu::options.resident_blocks = before;
+  return error;
 }
 
 }  // namespace ey::cuda::ptx

@@ -79,16 +79,15 @@ class Problem {
       if (s.nulls && e == 1) p = {};
       pointers_.push_back(p);
     }
-    set = {s.format,
-           s.activation,
-           1.702f,
-           1.0f,
-           s.num_experts,
-           s.hidden,
-           s.intermediate,
-           int64_t(step * gu_row * wsize),
-           int64_t(down_row * wsize),
-           nullptr};
+    set.format = s.format;
+    set.activation = s.activation;
+    set.alpha = 1.702f;
+    set.limit = 1.0f;
+    set.num_experts = s.num_experts;
+    set.hidden_size = s.hidden;
+    set.intermediate_size = s.intermediate;
+    set.gate_up_row_stride = int64_t(step * gu_row * wsize);
+    set.down_row_stride = int64_t(down_row * wsize);
 
     const size_t T = size_t(s.tokens), K = size_t(s.top_k);
     x_ = Guarded(T * H * size_t(ey::size_of(s.hidden_dtype)));

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs a CUDA kernel's C++ on one CPU thread: each CUDA thread is a fiber, and after every step the
-// next fiber is drawn at random (by seed) from all that can run, in all resident blocks. So two
-// threads are in order only if the kernel orders them, and a missing barrier shows as a wrong or
-// poisoned value.
+// next fiber is drawn at random (by seed) from all that can run, in all resident blocks, one of
+// which is slow. So two threads are in order only if the kernel orders them, and a missing barrier
+// shows as a wrong or poisoned value.
 //
 // Reported by name instead of hanging or passing: lanes of a warp that meet in different
 // operations, barriers and warp operations that not everyone reaches, deadlock, endless waiting,
@@ -41,7 +41,9 @@ struct Options {
   uint64_t seed = 0;
   int resident_blocks =
       3;  // that run side by side; a grid whose blocks wait for each other needs all
-  uint64_t most_steps_without_progress = 20'000'000;
+  uint64_t most_steps_without_progress = 2'000'000;
+  uint64_t most_polls_without_change = 3'000'000;
+  unsigned slow_block_one_in = 4;  // one block of each grid runs that much more slowly
 };
 inline Options options;
 
@@ -113,6 +115,7 @@ class SharedMemory {
 
 struct Block {
   dim3 index;
+  uint64_t number = 0;
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Meeting> warps;
   NamedBarrier barriers[16];
@@ -132,6 +135,7 @@ class Grid {
   Grid(dim3 g, dim3 b, size_t shared_bytes, std::function<void()> body)
       : grid_dim(g), block_dim(b), shared_bytes_(shared_bytes), body_(std::move(body)) {
     random_.seed(options.seed * 0x9e3779b97f4a7c15u + 1);
+    slow_block_ = random_() % (uint64_t(g.x) * g.y * g.z);
   }
 
   void run() {
@@ -173,7 +177,16 @@ class Grid {
     threads.clear();
     last_progress_ = steps;
   }
-  void made_progress() { last_progress_ = steps; }
+  // A counter that threads wait for was looked at, or changed.
+  void polled() {
+    if (++polls_ > options.most_polls_without_change) {
+      fail("livelock: threads poll a counter that nobody changes");
+    }
+  }
+  void changed() {
+    polls_ = 0;
+    last_progress_ = steps;
+  }
   bool chance(unsigned one_in) { return random_() % one_in == 0; }
   [[noreturn]] void fail(const std::string& what) {
     const dim3 b = current->block->index;
@@ -203,6 +216,7 @@ class Grid {
 
   std::unique_ptr<Block> start_block(uint64_t number) {
     auto block = std::make_unique<Block>();
+    block->number = number;
     block->index = dim3(unsigned(number % grid_dim.x), unsigned(number / grid_dim.x % grid_dim.y),
                         unsigned(number / grid_dim.x / grid_dim.y));
     const int threads = int(block_dim.x * block_dim.y * block_dim.z);
@@ -233,7 +247,10 @@ class Grid {
   }
 
   Block* step() {
-    const size_t i = random_() % ready_.size();
+    size_t i = random_() % ready_.size();
+    if (ready_[i]->block->number == slow_block_ && !chance(options.slow_block_one_in)) {
+      i = random_() % ready_.size();
+    }
     Thread* const t = ready_[i];
     ready_[i] = ready_.back();
     ready_.pop_back();
@@ -290,7 +307,7 @@ class Grid {
   std::mt19937_64 random_;
   std::vector<Thread*> ready_;
   std::string failure_;
-  uint64_t last_progress_ = 0;
+  uint64_t last_progress_ = 0, slow_block_ = 0, polls_ = 0;
   inline static std::vector<std::unique_ptr<Thread>> spare_;  // stacks are dear to make
 };
 

@@ -28,6 +28,7 @@ inline std::vector<Case>& cases() {
   return all;
 }
 inline int failures = 0;
+inline bool stop_at_first = false;
 inline std::string where;  // the problem under test, printed with a failure
 
 struct Register {
@@ -47,6 +48,7 @@ __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) 
   va_end(arguments);
   if (!where.empty()) std::printf("\n     in %s", where.c_str());
   std::printf("\n");
+  if (stop_at_first) std::exit(1);
 }
 #define CHECK(condition)                                                          \
   do {                                                                            \
@@ -130,12 +132,15 @@ inline double rounding(ey::DType type) {
   return type == ey::DType::kF32 ? 0x1p-24 : type == ey::DType::kBF16 ? 0x1p-8 : 0x1p-11;
 }
 
-// --seed N picks schedules and problems; further arguments pick cases whose names contain them.
+// --seed N picks schedules and problems; --stop ends at the first failure; further arguments pick
+// cases whose names contain them.
 inline int main_of(int argc, char** argv) {
   std::vector<std::string> wanted;
   for (int i = 1; i < argc; ++i) {
     if (std::string(argv[i]) == "--seed" && i + 1 < argc) {
       emu::options.seed = std::strtoull(argv[++i], nullptr, 10);
+    } else if (std::string(argv[i]) == "--stop") {
+      stop_at_first = true;
     } else {
       wanted.emplace_back(argv[i]);
     }

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bench/gpu_check.sh, but for the GPU: what it says where there is none, arguments, parts,
+resuming, the results file, and the random packed weights that it measures with."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import expertyard as ey
+from expertyard.formats import get_format
+from expertyard.packing import packed_bytes, scale_type_of
+from expertyard.weights import Blobs
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+from gpu_check import __main__ as command  # noqa: E402
+from gpu_check import parts, probes  # noqa: E402
+from gpu_check.layers import random_blob  # noqa: E402
+from gpu_check.run import run_parts  # noqa: E402
+from gpu_check.state import State  # noqa: E402
+
+MACHINE = {"name": "Fake", "capability": "9.0"}
+
+
+class FakeLayer:
+    def __init__(self, card: "FakeCard", contender: str) -> None:
+        self.card, self.contender = card, contender
+
+    def measure(self, tokens: int, routing: str) -> dict[str, Any]:
+        if self.card.measurements_left == 0:
+            raise RuntimeError("the card fell off the bus")
+        self.card.measurements_left -= 1
+        self.card.measured.append((self.contender, tokens, routing))
+        return {"us": float(tokens)}
+
+
+class FakeCard:
+    """What card.Card offers, without a GPU."""
+
+    def __init__(self, measurements: int = 10**6) -> None:
+        self.measurements_left = measurements
+        self.measured: list[tuple[str, int, str]] = []
+        self.calls: list[str] = []
+
+    def build(self, seconds: float) -> dict[str, Any]:
+        self.calls.append("build")
+        return {"architecture": "90a-real"}
+
+    def tests(self, seconds: float) -> dict[str, Any]:
+        self.calls.append("tests")
+        return {"summary": "3 passed"}
+
+    def sanitizer(self, seconds: float) -> dict[str, Any]:
+        self.calls.append("sanitizer")
+        return {"left_out": "compute-sanitizer is not installed"}
+
+    def ceilings(self) -> dict[str, Any]:
+        self.calls.append("ceilings")
+        return {"copy_tb_per_s": lambda: 3.0, "read_tb_per_s": lambda: 3.1}
+
+    def layer(self, shape: str, contender: str) -> FakeLayer | None:
+        return None if contender.startswith("vllm") else FakeLayer(self, contender)
+
+
+def test_the_script_ends_with_a_sentence_where_there_is_no_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = subprocess.run(
+        ["bash", "bench/gpu_check.sh"], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHON": sys.executable},
+    )  # fmt: skip
+    assert done.returncode == command.NO_GPU
+    assert done.stderr.startswith("gpu_check: ") and done.stderr.count("\n") == 1
+    assert "GPU" in done.stderr or "CUDA build" in done.stderr
+
+
+def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [*parts.PART_NAMES]
+    assert command.main(["--minutes", "0"]) == 2
+    with pytest.raises(SystemExit):
+        command.main(["--part", "celings"])
+    options = command.parser().parse_args(["--part", "tests", "--part", "build"])
+    assert options.part == ["tests", "build"]
+
+
+def test_all_parts_end_up_in_one_file(tmp_path: Path) -> None:
+    card, out = FakeCard(), tmp_path / "results" / "gpu.json"
+    assert run_parts(State.load(out, MACHINE), card, parts.PART_NAMES, [], 540) == 0
+    data = json.loads(out.read_text())
+    assert data["machine"] == MACHINE
+    assert {p["status"] for p in data["parts"].values()} == {"done"}
+    assert data["parts"]["ceilings"]["results"]["copy_tb_per_s"] == 3.0
+    for shape in parts.SHAPE_NAMES:
+        results = data["parts"][f"layer:{shape}"]["results"]
+        for contender in parts.FORMATS:
+            for tokens in parts.TOKENS:
+                assert results[f"{contender}/uniform/{tokens}"] == {"us": tokens}
+            assert f"{contender}/zipf/16" in results
+        assert results["vllm_fused_experts/uniform/1"] is None  # it is not on this machine
+        assert results["hf_batched_mm/uniform/8"] and "hf_batched_mm/uniform/16" not in results
+    assert not list(out.parent.glob("*.part"))
+
+
+def test_a_run_without_time_stops_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    out, names = tmp_path / "gpu.json", ["build", "layer:Mixtral-8x7B"]
+    assert run_parts(State.load(out, MACHINE), FakeCard(), names, [], 10) == 4
+    assert json.loads(out.read_text())["parts"]["build"]["status"] == "stopped"
+    card = FakeCard()
+    assert run_parts(State.load(out, MACHINE), card, names, [], 540) == 0
+    assert card.calls == ["build"]
+
+
+def test_what_was_measured_before_a_failure_is_not_measured_again(tmp_path: Path) -> None:
+    out, names = tmp_path / "gpu.json", ["layer:gpt-oss-120b"]
+    first = FakeCard(measurements=7)
+    assert run_parts(State.load(out, MACHINE), first, names, [], 540) == 1
+    entry = json.loads(out.read_text())["parts"]["layer:gpt-oss-120b"]
+    assert entry["status"] == "failed" and "fell off the bus" in entry["error"]
+    assert len(entry["results"]) == 7
+    second = FakeCard()
+    assert run_parts(State.load(out, MACHINE), second, names, [], 540) == 0
+    assert not set(first.measured) & set(second.measured)
+    entry = json.loads(out.read_text())["parts"]["layer:gpt-oss-120b"]
+    assert entry["status"] == "done" and "error" not in entry
+
+
+def test_done_parts_are_left_alone_unless_asked_again(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    for again, calls in (([], ["tests"]), ([], []), (["tests"], ["tests"])):
+        card = FakeCard()
+        assert run_parts(State.load(out, MACHINE), card, ["tests"], again, 540) == 0
+        assert card.calls == calls
+
+
+def test_a_file_of_another_machine_is_not_mixed_up(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    State.load(out, MACHINE).finish("build", "done", 1.0)
+    with pytest.raises(ValueError, match="another name; move it away, or give --out"):
+        State.load(out, {**MACHINE, "name": "Other"})
+    out.write_text("{")
+    with pytest.raises(ValueError, match="not a results file"):
+        State.load(out, MACHINE)
+
+
+def test_every_ceiling_has_a_name_without_a_gpu() -> None:
+    assert {"copy_tb_per_s", "read_tb_per_s", "mma_sync_bf16_tflops"} <= {*probes.ceilings(None)}
+
+
+@pytest.mark.parametrize("format", [f for f in parts.FORMATS if f != "bf16-rows"])
+def test_random_packed_weights_are_as_large_as_real_ones(format: str) -> None:
+    f, hidden, inner, experts = get_format(format), 328, 72, 2
+    scale = scale_type_of(f)
+    group = 0 if f.base == "bf16" else f.group_size
+    sizes = packed_bytes(format, hidden, inner)
+    w13, w2 = (
+        [random_blob(f.base, scale, group, f.asymmetric, k, size, "cpu") for _ in range(experts)]
+        for k, size in zip((hidden, inner), sizes, strict=True)
+    )
+    aligned = [[_aligned(blob) for blob in blobs] for blobs in (w13, w2)]
+    packed = ey.PackedExperts.from_blobs(Blobs(f, scale, hidden, inner, *aligned))
+    ids = torch.zeros(3, 1, dtype=torch.int64)
+    out = ey.moe_experts(torch.randn(3, hidden).bfloat16(), ids, torch.ones(3, 1), packed)
+    assert 0.003 < float(out.float().std()) < 30
+
+
+def _aligned(blob: torch.Tensor) -> torch.Tensor:
+    room = torch.empty(blob.numel() + 64, dtype=torch.uint8)
+    begin = -room.data_ptr() % 64
+    return room[begin : begin + blob.numel()].copy_(blob)
