@@ -126,6 +126,13 @@ def test_usage_errors_exit_2_too() -> None:
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
 
 
+def test_llama_cpps_ngl_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["Mixtral-8x7B", "-ngl", "99", "-ot", "exps=CPU"])
+    out, err = capsys.readouterr()
+    assert out == "" and "leave it out" in err
+
+
 def test_help_has_examples() -> None:
     done = run("--help")
     assert done.returncode == 0

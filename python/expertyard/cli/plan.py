@@ -114,6 +114,8 @@ def add_request_arguments(group: Any) -> None:
         metavar="N",
         help="routed experts of the first N layers on the CPU",
     )
+    # without a word of its own it would read as `-n gl`
+    group.add_argument("-ngl", "--n-gpu-layers", type=_no_ngl, help=argparse.SUPPRESS)
     group.add_argument(
         "--device-map", metavar="FILE.json|auto", help="accelerate's names to devices"
     )
@@ -149,6 +151,13 @@ def add_request_arguments(group: Any) -> None:
     )
     group.add_argument(
         "--priority", metavar="DEV,...", help="GPUs in the order in which they are filled"
+    )
+
+
+def _no_ngl(value: str) -> NoReturn:
+    raise argparse.ArgumentTypeError(
+        "leave it out: what no input places goes to the GPUs as far as there is room. For a number "
+        "of layers say --layers, counted from the front"
     )
 
 

@@ -106,22 +106,26 @@ def _next(
                 break
             dense = (reads[end] - reads[start]) * gain
             here = experts[end] - experts[start] + waiting
-            best = found.setdefault(end, {})
+            slots = left // slot if slot and left > 0 else 0
+            if end not in found:
+                found[end] = {}
+            best = found[end]
             for state in some:
                 placed, worth, local = state[0], state[1] + dense, state[2]
-                after, slots = placed, 0
-                if left > 0:
-                    if slot:
-                        slots = left // slot
-                        after = min(placed + slots, total)
-                    else:
-                        after = queue.advance(placed, left)
-                        slots = after - placed
+                after = placed
+                if slots:
+                    after = placed + slots if placed + slots < total else total
+                elif left > 0 and not slot:
+                    after = queue.advance(placed, left)
+                    slots = after - placed
+                if after > placed:
                     worth += (queue_reads[after] - queue_reads[placed]) * gain
-                    local += min(slots, here)
+                local += slots if slots < here else here
                 old = best.get(after)
                 if old is None or (worth, local) > (old[1], old[2]):
                     best[after] = (after, worth, local, end, state)
+                if not slot:
+                    slots = 0
     return {end: _undominated(best, queue_reads, next_gain) for end, best in found.items()}
 
 

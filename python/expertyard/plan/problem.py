@@ -131,7 +131,14 @@ class Problem:
         return sum(self.expert(layer, pin))
 
     def workspace(self, top: bool) -> int:
-        return workspace_bytes(self.spec, self.context, self.batch, top)
+        return self._workspaces[top]
+
+    @cached_property
+    def _workspaces(self) -> tuple[int, int]:
+        first, second = (
+            workspace_bytes(self.spec, self.context, self.batch, top) for top in (False, True)
+        )
+        return first, second
 
 
 def read_units(size: int, chance: float) -> int:
@@ -217,13 +224,23 @@ def account(problem: Problem, assignment: Assignment) -> dict[str, DeviceUse]:
         placed = assignment.experts[number]
         if not placed:
             continue
-        own = problem.pins.experts.get(number, {})
+        own = problem.pins.experts.get(number)
+        usual = problem.reads(number)
+        if own is None and problem.popularity is None:
+            for device in set(placed):
+                busy.add(device)
+                several = placed.count(device)
+                experts[device] += several * cost.expert
+                weights[device] += several * cost.bias
+                reads[device] += several * usual[0]
+            continue
         groups: dict[tuple[str, str], tuple[Pin | None, list[int]]] = {}
         for expert, device in enumerate(placed):
-            pin = own.get(expert)
+            pin = own.get(expert) if own else None
             key = (device, pin.format if pin else "")
-            groups.setdefault(key, (pin, []))[1].append(expert)
-        usual = problem.reads(number)
+            if key not in groups:
+                groups[key] = (pin, [])
+            groups[key][1].append(expert)
         for (device, _), (pin, ids) in groups.items():
             size, bias = problem.expert(number, pin)
             busy.add(device)

@@ -29,9 +29,9 @@ def solve(problem: Problem) -> Assignment | None:
     found: list[Assignment] = []
     if _least_bytes(problem) > sum(d.capacity for d in problem.devices):
         return None
+    free = _least_bytes(problem, pinned=False)
     for gpu in problem.gpus:
-        whole = _all_on(problem, gpu.name)
-        if fits(problem, whole):
+        if free <= gpu.capacity and fits(problem, whole := _all_on(problem, gpu.name)):
             found.append(whole)
     if not found or not _all_alike(problem):
         cut = _best(problem)
@@ -61,13 +61,18 @@ def missing(device: Device, used: int) -> int:
     return used - (device.capacity - (0 if device.soft else device.reserve))
 
 
-def _least_bytes(problem: Problem) -> int:
-    """What the model takes of all devices together at the very least."""
-    total = sum(size for size, _ in problem.outside.values())
+def _least_bytes(problem: Problem, pinned: bool = True) -> int:
+    """What the model takes at the very least, with what is pinned or without it."""
+    pins = problem.pins
+    modules = [name for name in problem.outside if pinned or name not in pins.modules]
+    total = sum(problem.outside[name][0] for name in modules)
     for number, cost in enumerate(problem.layers):
-        own = problem.pins.experts.get(number, {})
-        total += cost.dense + cost.kv + (cost.num_experts - len(own)) * cost.slot
-        total += sum(problem.slot(number, pin) for pin in own.values())
+        own = pins.experts.get(number, {})
+        total += (cost.num_experts - len(own)) * cost.slot
+        if pinned or number not in pins.layers:
+            total += cost.dense + cost.kv
+        if pinned:
+            total += sum(problem.slot(number, pin) for pin in own.values())
     return total
 
 
