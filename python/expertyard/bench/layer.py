@@ -22,7 +22,7 @@ from ..weights import Blobs, PackedExperts
 from .shapes import Shape
 
 W13_BLOCK, W2_BLOCK = 16, 32  # rows of gate and up, and of down, that are packed together
-_DRAWN = 4 << 20  # values of a matrix that are drawn; a larger one repeats its rows
+_DRAWN = 4 << 20  # values of a matrix that are drawn, about; a larger one repeats its rows
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Layer:
-    """Make it with make_layer(). template: bf16; biases fp32 [E, I] and [E, H], or None."""
+    """Make it with make_layer().
+
+    template  bf16, whole
+    drawn     values of a matrix that are drawn, about; the rows after these repeat them
+    biases    fp32 [E, I] and [E, H], or None
+    """
 
     shape: Shape
     template: Expert
+    drawn: int
     gate_bias: Tensor | None
     up_bias: Tensor | None
     down_bias: Tensor | None
@@ -156,20 +162,31 @@ class Layer:
         """The template's matrices as ExpertPacker.put() takes them."""
         if get_format(format).base == "bf16":
             return self.template.matrices()
-        gate, up, down = (_quantized(w, format) for w in self.template.matrices())
+        gate, up, down = (
+            _repeated_codes(quantize(rows, get_format(format)), count)
+            for rows, count in zip(self.drawn_rows().matrices(), self._rows(), strict=True)
+        )
         return gate, up, down
 
-    def template_in(self, format: str) -> Expert:
-        """The template as a format keeps it: what its kernels are checked against."""
-        if format in ("bf16", "fp16", "fp32"):
-            return self.template  # drawn in bf16, which the others hold exactly, or nearly (fp16)
-        return Expert(*(q.dequantize(torch.float32) for q in self.quantized(format)))
+    def _rows(self) -> tuple[int, int, int]:
+        return self.shape.intermediate_size, self.shape.intermediate_size, self.shape.hidden_size
 
-    def reference(self, call: Call, template: Expert) -> Tensor:
-        """The call's result [T, hidden_size] in float64, for experts made of this template."""
+    def drawn_rows(self, format: str = "bf16") -> Expert:
+        """The template's rows that differ, as a format keeps them: what kernels are checked with.
+
+        bf16, or float32 for a quantised format. fp16 and fp32 hold what was drawn as bf16 does.
+        """
+        rows = [w[: _period(w.shape[0], w.shape[1], self.drawn)] for w in self.template.matrices()]
+        if format in ("bf16", "fp16", "fp32"):
+            return Expert(*rows)
+        return Expert(*(quantize(w, get_format(format)).dequantize(torch.float32) for w in rows))
+
+    def reference(self, call: Call, rows: Expert) -> Tensor:
+        """The call's result [T, hidden_size] in float64, for experts made of drawn_rows()."""
         x = call.hidden_states.double()
         ids, weights = call.topk_ids, call.topk_weights.double()
-        gate, up = (x @ w.double().T for w in (template.gate, template.up))
+        inner, _, hidden = self._rows()
+        gate, up = (_repeated(w.double() @ x.T, inner).T for w in (rows.gate, rows.up))
         slots = []
         for token in range(ids.shape[0]):
             for e in ids[token].tolist():
@@ -178,7 +195,7 @@ class Layer:
                 if self.gate_bias is not None and self.up_bias is not None:
                     g, u = g + self.gate_bias[e].double(), u + self.up_bias[e].double()
                 slots.append(apply_activation(g, u, self.shape.activation))
-        down = torch.stack(slots) @ template.down.double().T
+        down = _repeated(rows.down.double() @ torch.stack(slots).T, hidden).T
         out = torch.zeros_like(x)
         for slot, y in enumerate(down):
             token, k = divmod(slot, ids.shape[1])
@@ -190,13 +207,13 @@ class Layer:
         return out
 
 
-def make_layer(shape: Shape, seed: int = 0) -> Layer:
-    """Gaussian weights of unit gain."""
+def make_layer(shape: Shape, seed: int = 0, drawn: int = _DRAWN) -> Layer:
+    """Gaussian weights of unit gain. drawn: of Layer."""
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, cols: int) -> Tensor:
-        drawn = torch.randn(_period(rows, cols), cols, generator=generator) * cols**-0.5
-        return _repeated(drawn.bfloat16(), rows)
+        some = torch.randn(_period(rows, cols, drawn), cols, generator=generator) * cols**-0.5
+        return _repeated(some.bfloat16(), rows)
 
     def bias(size: int) -> Tensor | None:
         return torch.randn(shape.num_experts, size, generator=generator) if shape.bias else None
@@ -205,30 +222,28 @@ def make_layer(shape: Shape, seed: int = 0) -> Layer:
     return Layer(
         shape,
         Expert(matrix(inner, hidden), matrix(inner, hidden), matrix(hidden, inner)),
+        drawn,
         bias(inner),
         bias(inner),
         bias(hidden),
     )
 
 
-def _period(rows: int, cols: int) -> int:
+def _period(rows: int, cols: int, drawn: int) -> int:
     """How many rows are drawn: whole blocks of 128, so that fp8's blocks repeat too."""
-    return min(rows, max(128, _DRAWN // cols // 128 * 128))
+    return min(rows, max(128, drawn // cols // 128 * 128))
 
 
 def _repeated(rows: Tensor, count: int) -> Tensor:
     return rows if count == len(rows) else rows[torch.arange(count) % len(rows)]
 
 
-def _quantized(weight: Tensor, format: str) -> QuantizedMatrix:
-    """quantize(), of the rows that differ."""
-    drawn = quantize(weight[: _period(*weight.shape)], get_format(format))
-    count = weight.shape[0]
+def _repeated_codes(rows: QuantizedMatrix, count: int) -> QuantizedMatrix:
     return replace(
-        drawn,
-        codes=_repeated(drawn.codes, count),
-        scales=_repeated(drawn.scales, count),
-        zeros=None if drawn.zeros is None else _repeated(drawn.zeros, count),
+        rows,
+        codes=_repeated(rows.codes, count),
+        scales=_repeated(rows.scales, count),
+        zeros=None if rows.zeros is None else _repeated(rows.zeros, count),
     )
 
 

@@ -208,11 +208,11 @@ class Checks:
 
 def make_checks(layer: Layer, plan: Plan) -> Checks:
     tokens = make_call(layer.shape, _CHECKED_TOKENS, plan.routings[0])
-    plain = layer.reference(tokens, layer.template)
+    plain = layer.reference(tokens, layer.drawn_rows())
     base = get_format(plan.format).base
     if base in _IN_PLACE and base != "fp16":
         return Checks(tokens, plain, plain)
-    return Checks(tokens, layer.reference(tokens, layer.template_in(plan.format)), plain)
+    return Checks(tokens, layer.reference(tokens, layer.drawn_rows(plan.format)), plain)
 
 
 def _error(run: Run, checks: Checks, call: Call, expected: Tensor) -> float:
