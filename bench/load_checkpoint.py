@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading a large synthetic checkpoint: time and memory, Expertyard and transformers in one run.
+"""Loading a large synthetic checkpoint: time and memory beside transformers, in one run.
 
     python bench/load_checkpoint.py [--gib 8] [--folder DIR] [--format int4]
 

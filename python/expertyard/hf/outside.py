@@ -3,8 +3,9 @@
 same. Road A only: their modules are called in ways of their own.
 
 Llama-4 weights the INPUT of an expert: y[t] = sum_e FFN_e(s[t, e] * x[t]), s = sigmoid of the
-chosen scores and 0 elsewhere. Its module gets num_experts * num_tokens rows, already weighted,
-expert by expert. FFN(0) = 0, so rows of zeros are "none" and only the chosen ones are computed.
+chosen scores and 0 elsewhere. Its module gets num_experts * num_tokens rows, weighted
+already, expert by expert. FFN(0) = 0, so rows of zeros are "none" and only the chosen ones are
+computed.
 LongCat-Flash has experts that return their input: ids from num_experts on.
 """
 
