@@ -41,7 +41,8 @@ def attach(model: Any, config: ExpertsConfig | None = None) -> Any:
     if outside := [name for name, module in modules.items() if is_outside(module)]:
         raise KernelError(
             f"{outside[0]} ({type(modules[outside[0]]).__name__}) does not use transformers' "
-            "experts interface, so it cannot be attached. Load the model with expertyard.from_pretrained()."
+            "experts interface, so it cannot be attached. Load the model with "
+            "expertyard.from_pretrained()."
         )
     layouts = {name: recognise(module, name) for name, module in modules.items()}
     plan, options = None, RunOptions()
