@@ -13,6 +13,8 @@
 //                                        if the weights have zeros
 #pragma once
 
+#include <cmath>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -74,6 +76,27 @@ inline void fp32_load_group(const LoadGroupArgs& a) {
     for (int64_t i = 0; i < group; ++i) sum += to[g * group + i];
     sums[g] = sum;
   }
+}
+
+// Mode::kFast where there are no 8-bit dot products: values rounded as fast_rows.h says, and kept
+// in fp32.
+inline void rounded_load_group(const LoadGroupArgs& a) {
+  float values[kGroup], largest = 0;
+  bool finite = true;
+  for (int i = 0; i < a.n; ++i) {
+    const float magnitude = std::fabs(a.from[i]);
+    finite = finite && magnitude <= std::numeric_limits<float>::max();
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  // What is not finite has no integer: a scale of NaN brings it to the token's output.
+  const float scale = finite ? largest / 127 : std::numeric_limits<float>::quiet_NaN();
+  const float inverse = largest > 0 && finite ? 127 / largest : 0;
+  for (int i = 0; i < a.n; ++i) {
+    values[i] = (finite ? std::nearbyint(a.from[i] * inverse) : 1) * scale;
+  }
+  LoadGroupArgs rounded = a;
+  rounded.from = values;
+  fp32_load_group(rounded);
 }
 
 // Hidden states of any dtype, a group at a time.
@@ -267,6 +290,14 @@ constexpr Kernel block_kernel(const char* isa, uint32_t needs, int rank) {
           .store_row = store_row_fp32,
           .peak = peak<Vec, Vec::kChains>,
           .read = read_lines<Vec, kVectorsInLine>};
+}
+
+// The same kernel with activations rounded to 8 bits.
+constexpr Kernel rounded(Kernel kernel) {
+  kernel.mode = Mode::kFast;
+  kernel.load_row = load_row_by_groups<rounded_load_group>;
+  kernel.load_group = rounded_load_group;
+  return kernel;
 }
 
 }  // namespace
