@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from ..dispatch import RunOptions
 from ..errors import ConfigError, LoadError
 from ..loading import read_quantised
 from ..loading.checkpoint import Checkpoint
@@ -33,7 +34,7 @@ from .skeleton import (
 
 __all__ = ["find_model", "from_pretrained", "open_model"]
 
-_OURS = {*(field.name for field in dataclasses.fields(Request)), "search", "mode"}
+_OURS = {*(field.name for field in dataclasses.fields(Request)), *RunOptions.names()}
 
 
 def from_pretrained(
