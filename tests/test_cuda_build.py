@@ -128,4 +128,4 @@ def test_the_machine_code_loads_16_bytes_at_a_time_and_uses_tensor_cores(cuobjdu
         if "tiles" in name or name.startswith("experts_"):
             assert re.search(r"\bHMMA\.16816\.F32\.BF16", function), mangled
         if name.startswith("experts_") and "Bf16Blocks" not in mangled:  # exact weights in pairs
-            assert re.search(r"\bHFMA2\.(MMA\.)?BF16", function), mangled
+            assert re.search(r"\bH(FMA2|ADD2|MUL2)\.(\w+\.)*BF16", function), mangled

@@ -168,7 +168,7 @@ def test_random_packed_weights_are_as_large_as_real_ones(format: str) -> None:
     packed = ey.PackedExperts.from_blobs(Blobs(f, scale, hidden, inner, *aligned))
     ids = torch.zeros(3, 1, dtype=torch.int64)
     out = ey.moe_experts(torch.randn(3, hidden).bfloat16(), ids, torch.ones(3, 1), packed)
-    assert 0.003 < float(out.float().std()) < 30
+    assert 0.1 < float(out.float().std()) < 1
 
 
 def _aligned(blob: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ and where the packer is used; packing 256 real experts would take longer than me
 rotate over routings, so that the weights of one are not in L2 when the next begins.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ CALLS = 16  # routings that a graph rotates over, for few tokens
 FEW_TOKENS = 64
 STEP_BYTES = 128  # of csrc/blocks.h
 HEAD_BYTES = {"none": 0, "bf16": 64, "fp16": 64, "e8m0": 64, "fp32": 128}
+ROOT_MEAN_SQUARE = {"int8": 74.0, "int4": 4.6, "fp8": 110.0, "mxfp4": 2.9}  # of random codes
 STEP_K = {"bf16": 2, "int8": 4, "fp8": 4, "int4": 8, "mxfp4": 8}
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -111,18 +113,19 @@ def random_blob(base: str, scale: str, group: int, zeros: bool, k: int, size: in
         values = blob.view(torch.bfloat16)
         values.normal_(0, k**-0.5)
         return blob
+    if base == "fp8":  # not e4m3's NaN
+        blob[(blob & 127) == 127] -= 1
     line_k = (group or k) * (2 if scale == "e8m0" else 1)
     padded = -(-k // line_k) * line_k if scale == "e8m0" else -(-k // STEP_K[base]) * STEP_K[base]
     head = HEAD_BYTES[scale] * (2 if zeros else 1)
     lines = -(-padded // line_k)
     blocks = blob.view(-1, lines * head + padded // STEP_K[base] * STEP_BYTES)
-    largest = {"int8": 128.0, "int4": 8.0, "fp8": 240.0, "mxfp4": 4.0}[base]
-    value = k**-0.5 / largest
+    value = k**-0.5 / ROOT_MEAN_SQUARE[base]
     for line in range(lines):
         at = line * (head + line_k // STEP_K[base] * STEP_BYTES)
         where = blocks[:, at : at + head]
         if scale == "e8m0":
-            where.fill_(119)  # 2^-8
+            where.fill_(127 + round(math.log2(value)))
             continue
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[scale]
         width = HEAD_BYTES[scale]
