@@ -281,8 +281,8 @@ Kernels that these figures are of: {rooms}. Other rooms multiply in fp32 and are
 
 ## Which mode
 
-- **int4, mxfp4: `fast`.** What 8-bit activations add is about a tenth of the format's own error and is
-  lost in it (*in all*), also with outliers; perplexity moves by less than 0.05 %.
+- **int4, mxfp4: `fast`.** What 8-bit activations add is about a tenth of the format's own error and
+  is lost in it (*in all*), also with outliers; perplexity moves by less than 0.05 %.
 - **int8: `fast` where speed counts, `exact` where int8 was chosen for its exactness.** Perplexity
   cannot tell them apart, but in a layer the activations' error is as large as the weights', and
   two to four times with outliers.
