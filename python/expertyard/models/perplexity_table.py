@@ -40,7 +40,7 @@ def rows(formats: Sequence[str] = FORMATS, num_bytes: int | None = None) -> list
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from expertyard.hf import from_pretrained, verify
+    from expertyard import from_pretrained, verify
     from expertyard.models import tiny_moe
     from expertyard.models.perplexity import perplexity
 
