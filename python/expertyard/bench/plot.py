@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
-WIDTH, HEIGHT, LEFT, TOP, GAP, LEGEND = 360, 220, 52, 58, 64, 18
+WIDTH, HEIGHT, LEFT, TOP, GAP, LEGEND = 360, 220, 52, 58, 76, 18
 COLUMNS = 2
 # Okabe and Ito's colours, which everyone can tell apart; yellow is left out on white
 COLOURS = {
