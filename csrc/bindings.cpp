@@ -235,10 +235,6 @@ int64_t add_experts(const std::string& format, const std::string& activation, fl
       .down_row_stride = down_row_stride,
       .experts = entry->pointers.data()};
   if (device >= 0) {
-    if (parsed_layout == ey::Layout::kBlocks) {
-      throw py::value_error(
-          "no CUDA kernel reads packed weights yet; keep these experts on the CPU");
-    }
     throw_unless(ey::cuda::make_table(device, entry->pointers.data(), &entry->set));
     entry->device = device;
     entry->release = [](ey::ExpertSetEntry& e) { ey::cuda::free_table(e.device, &e.set); };

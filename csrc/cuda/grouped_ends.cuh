@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kCombineThreads)
     const float value = is_here[k] ? y[(token * top_k + k) * y_stride + column] : 1.0f;
     sum += weights[k] * value;
   }
-  store_number(c.out, c.hidden_dtype, token * c.set.hidden_size + column, sum);
+  store_number(c.out, c.out_dtype, token * c.set.hidden_size + column, sum);
 }
 
 }  // namespace ey::cuda::grouped

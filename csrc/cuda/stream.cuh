@@ -395,7 +395,7 @@ class Worker {
         if (e >= 0) sum += s.weights[pair] * y;
         if (e == -2) sum += refused(pair, token, block == 0 && lane == 0);
       }
-      store_number(c.out, c.hidden_dtype, int64_t(token) * c.set.hidden_size + j, sum);
+      store_number(c.out, c.out_dtype, int64_t(token) * c.set.hidden_size + j, sum);
     }
   }
 

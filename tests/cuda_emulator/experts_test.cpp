@@ -21,6 +21,8 @@ struct Shape {
   int tokens = 7, top_k = 2, num_experts = 4, hidden = 64, intermediate = 48;
   Format format = Format::kBf16;
   DType hidden_dtype = DType::kBF16, weights_dtype = DType::kF32;
+  bool out_is_fp32 = false;
+  DType out_dtype() const { return out_is_fp32 ? DType::kF32 : hidden_dtype; }
   Activation activation = Activation::kSiluGlu;
   bool bias = false, interleaved = false, ids_are_int64 = false;
   bool nulls = false;     // expert 1 is not here
@@ -100,10 +102,11 @@ class Problem {
       const int highest = s.sentinels ? s.num_experts : s.num_experts - 1;
       set_id(p, lowest + int(random_() % uint64_t(highest - lowest + 1)));
     }
-    out_bytes_ = T * H * size_t(ey::size_of(s.hidden_dtype));
+    out_bytes_ = T * H * size_t(ey::size_of(s.out_dtype()));
     out_ = Guarded(out_bytes_);
     args = {s.tokens,    s.top_k,         x_.data(),       out_.data(),     s.hidden_dtype,
             ids_.data(), s.ids_are_int64, weights_.data(), s.weights_dtype, &set};
+    args.out_is_fp32 = s.out_is_fp32;
     const ey::Status made = ey::cuda::make_table(0, pointers_.data(), &set);
     if (!made.ok) testing::fail("make_table: %s", made.what);
   }
@@ -126,7 +129,7 @@ class Problem {
     return ey::cuda::moe_experts(0, args, workspace.data(), nullptr);
   }
   std::vector<char> result() const { return {out_.data(), out_.data() + out_bytes_}; }
-  double got(size_t i) const { return testing::get(out_.data(), shape.hidden_dtype, i); }
+  double got(size_t i) const { return testing::get(out_.data(), shape.out_dtype(), i); }
   bool is_real_id(int64_t id) const { return id >= 0 && id < shape.num_experts; }
 
   void compute_expected() {
@@ -171,7 +174,7 @@ class Problem {
     for (size_t i = 0; i < expected.size(); ++i) {
       const bool nan = std::find(nan_tokens.begin(), nan_tokens.end(), i / H) != nan_tokens.end();
       const double value = got(i);
-      const double allowed = testing::rounding(shape.hidden_dtype) * std::fabs(expected[i]) +
+      const double allowed = testing::rounding(shape.out_dtype()) * std::fabs(expected[i]) +
                              tolerance * magnitude[i] + 1e-30;
       const double error = std::fabs(value - expected[i]);
       if (nan ? !std::isnan(value) : !(error <= allowed)) ++wrong;
@@ -380,6 +383,7 @@ TEST(random_problems) {
     s.ids_are_int64 = random() % 2;
     s.nulls = random() % 2;
     s.sentinels = random() % 2;
+    s.out_is_fp32 = random() % 2;
     s.pad = pick(0, 1) * pick(1, 9);
     s.shift = pick(0, 1) * pick(1, 9);
     run_and_check(s);

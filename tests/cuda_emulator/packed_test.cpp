@@ -21,6 +21,8 @@ struct Shape {
   Format format = Format::kInt4;
   Packing packing{ScaleType::kBf16, 32, false};
   DType hidden_dtype = DType::kBF16, weights_dtype = DType::kF32;
+  bool out_is_fp32 = false;
+  DType out_dtype() const { return out_is_fp32 ? DType::kF32 : hidden_dtype; }
   Activation activation = Activation::kSiluGlu;
   bool bias = false, ids_are_int64 = false;
   bool nulls = false;  // expert 1 is not here
@@ -91,10 +93,11 @@ class Problem {
       const int highest = s.sentinels ? s.num_experts : s.num_experts - 1;
       set_id(p, lowest + int(random_() % uint64_t(highest - lowest + 1)));
     }
-    out_bytes_ = T * H * size_t(ey::size_of(s.hidden_dtype));
+    out_bytes_ = T * H * size_t(ey::size_of(s.out_dtype()));
     out_ = Guarded(out_bytes_);
     args = {s.tokens,    s.top_k,         x_.data(),       out_.data(),     s.hidden_dtype,
             ids_.data(), s.ids_are_int64, weights_.data(), s.weights_dtype, &set};
+    args.out_is_fp32 = s.out_is_fp32;
     const ey::Status made = ey::cuda::make_table(0, pointers_.data(), &set);
     if (!made.ok) testing::fail("make_table: %s", made.what);
   }
@@ -137,10 +140,10 @@ class Problem {
       }
       const bool nan = std::find(nan_tokens.begin(), nan_tokens.end(), t) != nan_tokens.end();
       for (size_t j = 0; j < H; ++j) {
-        const double value = testing::get(out_.data(), shape.hidden_dtype, t * H + j);
+        const double value = testing::get(out_.data(), shape.out_dtype(), t * H + j);
         const double error = std::fabs(value - expected[j]);
         const double most =
-            allowed[j] + testing::rounding(shape.hidden_dtype) * std::fabs(expected[j]);
+            allowed[j] + testing::rounding(shape.out_dtype()) * std::fabs(expected[j]);
         if (nan ? !std::isnan(value) : !(error <= most)) ++wrong;
         if (!nan && !(error / most <= worst)) worst = error / most;
       }
@@ -452,6 +455,7 @@ TEST(stream_random_problems) {
     s.ids_are_int64 = random() % 2;
     s.nulls = random() % 2;
     s.sentinels = random() % 2;
+    s.out_is_fp32 = random() % 2;
     run_and_check(s);
   }
 }
@@ -607,6 +611,7 @@ TEST(grouped_random_problems) {
     s.ids_are_int64 = random() % 2;
     s.nulls = random() % 2;
     s.sentinels = random() % 2;
+    s.out_is_fp32 = random() % 2;
     run_and_check(s);
   }
 }
