@@ -39,7 +39,7 @@ class Override:
 
 def read(value: Any, spec: ModelSpec) -> Pins:
     """Pins of a list of overrides; "--cpu-moe" and "--n-cpu-moe=N" may stand among them."""
-    overrides = parse(value)
+    overrides = parse(value, spec.num_layers)
     layers: dict[int, Pin] = {}
     near: dict[int, Pin] = {}
     experts: dict[int, tuple[Pin, ...]] = {}
@@ -168,7 +168,7 @@ def _clamped(overrides: list[Override], spec: ModelSpec) -> list[Finding]:
     return [Finding("note", "clamped", f"{why}: {said}") for why in sorted(asked)]
 
 
-def parse(value: Any) -> list[Override]:
+def parse(value: Any, num_layers: int = MAX_LAYERS) -> list[Override]:
     """Overrides in order. Raises RuleError that quotes the part."""
     if isinstance(value, str):
         value = [value]
@@ -180,7 +180,7 @@ def parse(value: Any) -> list[Override]:
         if word == "--cpu-moe":
             overrides.append(Override(re.compile(CPU_MOE), "cpu", word))
         elif word.startswith("--n-cpu-moe"):
-            overrides += _n_cpu_moe(word.partition("=")[2])
+            overrides += _n_cpu_moe(word.partition("=")[2], num_layers)
         else:
             overrides += [_override(part) for part in split_parts(item)]
     if not overrides:
@@ -188,13 +188,13 @@ def parse(value: Any) -> list[Override]:
     return overrides
 
 
-def _n_cpu_moe(text: str) -> list[Override]:
+def _n_cpu_moe(text: str, num_layers: int) -> list[Override]:
     """Blocks 0 to N-1, counted with the dense ones, as llama.cpp does."""
     if re.fullmatch(r"[0-9]{1,9}", text) is None:
         raise RuleError(f"--n-cpu-moe: expected a whole number from 0, got {text!r}.")
     why = f"--n-cpu-moe {int(text)}"
     pattern = r"blk\.{}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
-    number = min(int(text), MAX_LAYERS)
+    number = min(int(text), num_layers)
     made = [Override(re.compile(pattern.format(i)), "cpu", why, quiet=True) for i in range(number)]
     return made or [Override(re.compile(r"(?!)"), "cpu", why, quiet=True)]
 
