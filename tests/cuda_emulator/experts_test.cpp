@@ -167,7 +167,8 @@ class Problem {
     testing::where = shape.text() + " " + isa();
     compute_expected();
     // fp32 sums of a few thousand terms; the tiles also round h to bf16
-    const double tolerance = isa() == "cuda_tiles" ? 0x1p-8 : 4e-6;
+    // of fp32 sums: what cancels inside of gate and up is not in `magnitude`
+    const double tolerance = isa() == "cuda_tiles" ? 0x1p-8 : 8e-6;
     const size_t H = size_t(shape.hidden);
     int wrong = 0;
     double worst = 0;
