@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Activation rows of Mode::kFast: 8-bit integers, one fp32 scale per group of kGroup values, and
-// per group of weights the sum of the integers (weights are unsigned codes: their centre times that
-// sum comes off the product).
+// Activation rows of Mode::kFast: 8-bit integers, one fp32 scale per group of kGroup values.
 //
-//   x[k] ~ scale[k / kGroup] * q[k],  scale = max |x| / 127 over the group,  q = round(x / scale)
+//   x[k] ~ scale * q[k],  scale = max |x| / 127 over the group,  q = round(x / scale)
 //
-//   row   q int8 [k padded to kGroup] | scale fp32 [groups] | sums int32 [per group of weights, at
-//         most kGroup wide] ; each padded to 64 bytes
+// A row is records, each of `values` k: as wide as a group of the weights, at most kGroup.
+//
+//   scale fp32 | start int32 | q int8 [values]
+//
+// start = -centre * sum of q: weights are unsigned codes, and integer sums that begin there end as
+// the exact product with code - centre. What a tile needs of a token lies at one address.
 #pragma once
 
 #include "kernel.h"
@@ -15,19 +17,17 @@ namespace ey::cpu {
 namespace {
 
 struct FastRow {
-  int64_t k;          // padded
-  int64_t sum_group;  // values of one sum
-  int64_t scales_at, sums_at, bytes;
+  static constexpr int64_t kScale = 0, kStart = 4, kCodes = 8;
+  int64_t values;  // of a record
 
-  explicit FastRow(const RowShape& s)
-      : k(round_up(s.k, kGroup)),
-        sum_group(s.packing.group_size > 0 ? s.packing.group_size : kGroup),
-        scales_at(k),
-        sums_at(scales_at + round_up(k / kGroup * 4, 64)),
-        bytes(sums_at + round_up(k / sum_group * 4, 64) + 64) {}
+  explicit FastRow(const Packing& p) : values(p.group_size > 0 ? p.group_size : kGroup) {}
+  int64_t record_bytes() const { return kCodes + values; }
+  int64_t at(int64_t k) const { return k / values * record_bytes(); }  // k: where a record begins
 };
 
-inline int64_t fast_row_bytes(const RowShape& s) { return FastRow(s).bytes; }
+inline int64_t fast_row_bytes(const RowShape& s) {
+  return round_up(FastRow(s.packing).at(round_up(s.k, kGroup)), 64) + 64;
+}
 
 }  // namespace
 }  // namespace ey::cpu

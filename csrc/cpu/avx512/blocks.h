@@ -69,7 +69,6 @@ inline Scales load_scales(ScaleType type, const char* p) {
 struct Stretch {
   const BlockShape* shape;
   const char* block;
-  const char* panel;  // expanded weights of the whole block, if a kernel makes one
   int64_t k_begin, k_end;
   bool add;  // to c, or over it
   // Prefetching, by offset in the block. Decode (one tile): 2 lines a step, kAhead further on; the
@@ -109,8 +108,7 @@ struct Tokens {
 
 // Calls tiles[M - 1] for all tokens and stretches of k. kMax: the largest tile.
 template <int kMax>
-inline void run_tiles(const MultiplyArgs& a, const BlockShape& shape, const char* panel,
-                      const TileFunction* tiles) {
+inline void run_tiles(const MultiplyArgs& a, const BlockShape& shape, const TileFunction* tiles) {
   const int count = (a.num_tokens + kMax - 1) / kMax;
   const auto* x = static_cast<const char*>(a.x[0]);
   const int64_t x_stride = a.num_tokens > 1 ? static_cast<const char*>(a.x[1]) - x : 0;
@@ -123,7 +121,6 @@ inline void run_tiles(const MultiplyArgs& a, const BlockShape& shape, const char
       const int tokens = a.num_tokens * (t + 1) / count - first;
       Stretch s = {.shape = &shape,
                    .block = a.w.block,
-                   .panel = panel,
                    .k_begin = k,
                    .k_end = k + stretch < padded ? k + stretch : padded,
                    .add = k > 0,

@@ -9,7 +9,6 @@ namespace {
 struct Plain {
   static constexpr Format kFormat = Format::kBf16;
   static constexpr float kCentre = 0;
-  static constexpr bool kFromPanel = false;
   static constexpr int kStep = 2, kDots = 1;
   static constexpr int pair(int) { return 0; }
   static constexpr int order(int place) { return place; }
@@ -19,8 +18,7 @@ struct Plain {
   }
 };
 
-constexpr Kernel bf16_packed_avx512_bf16 =
-    exact_kernel<Plain, multiply_directly<Plain>>(0, nullptr);
+constexpr Kernel bf16_packed_avx512_bf16 = exact_kernel<Plain, multiply_directly<Plain>>(0);
 
 }  // namespace
 EY_REGISTER_KERNEL(bf16_packed_avx512_bf16);

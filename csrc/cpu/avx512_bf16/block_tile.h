@@ -30,6 +30,8 @@ struct Exact {
   template <int M>
   struct Tile {
     [[gnu::noinline]] static void run(const Stretch& s, const char* x, int64_t x_stride, float* c);
+    [[gnu::noinline]] static void add_zeros(const Scales& zero, const Scales& scale,
+                                            const char* sums, int64_t x_stride, float* c);
   };
 };
 
@@ -50,7 +52,10 @@ void Exact<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, f
       head + shape.line_head() + (s.k_begin - line * shape.line_k()) / E::kStep * kStepBytes;
   int64_t g = s.k_begin / group;
   int part = static_cast<int>(g % shape.groups_in_line());
-  bool add = s.add;
+  if (!s.add) {
+#pragma GCC unroll 24
+    for (int i = 0; i < M * 2; ++i) _mm512_storeu_ps(c + i * kHalfRows, _mm512_setzero_ps());
+  }
   for (int64_t k = s.k_begin; k < s.k_end; ++g) {
     const int64_t end = (g + 1) * group < s.k_end ? (g + 1) * group : s.k_end;
     __m512 acc[kChains][M][2];
@@ -65,12 +70,11 @@ void Exact<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, f
       const char* fetch = at < s.tail_at ? s.fetch : s.fetch_tail;
       fetch = fetch == nullptr ? steps : s.whole ? fetch + at : fetch + at / 2;
       const int64_t fetch_step = s.whole ? 128 : 64, second = s.whole ? 64 : 0;
-      const char* p = E::kFromPanel ? s.panel + k / 2 * kStepBytes : steps;
 
       const auto step = [&](auto u) __attribute__((always_inline)) {
         _mm_prefetch(fetch, _MM_HINT_T0);
         _mm_prefetch(fetch + second, _MM_HINT_T0);
-        const auto set_a = _mm512_load_si512(p), set_b = _mm512_load_si512(p + 64);
+        const auto set_a = _mm512_load_si512(steps), set_b = _mm512_load_si512(steps + 64);
         const auto dot = [&](auto i) __attribute__((always_inline)) {
           constexpr int kI = decltype(i)::value;
           constexpr int kChain = (decltype(u)::value * E::kDots + kI) % kChains;
@@ -87,7 +91,7 @@ void Exact<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, f
         }(std::make_integer_sequence<int, E::kDots>{});
         tokens.advance(E::kStep * 2);
         fetch += fetch_step;
-        p += kStepBytes;
+        steps += kStepBytes;
       };
       int64_t count = (stop - k) / E::kStep;
       if constexpr (kUnroll > 1) {
@@ -98,38 +102,46 @@ void Exact<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, f
         }
       }
       for (; count > 0; --count) step(std::integral_constant<int, 0>{});
-      if constexpr (!E::kFromPanel) steps = p;
       k = stop;
     }
 
     const ScaleType type = shape.packing.scale_type;
     const Scales scale = load_scales(type, head + part * kLanes);
-    Scales offset;
-    if (shape.packing.zeros) {
-      offset = load_scales(type, head + shape.scale_bytes());
-      for (auto& o : offset.set) o = _mm512_sub_ps(o, _mm512_set1_ps(E::kCentre));
-    }
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
       for (int set = 0; set < 2; ++set) {
         __m512 v = acc[0][m][set];
         for (int i = 1; i < kChains; ++i) v = _mm512_add_ps(v, acc[i][m][set]);
-        if (shape.packing.zeros) {
-          const auto sum = reinterpret_cast<const float*>(x + m * x_stride + sums_at)[g];
-          v = _mm512_fnmadd_ps(offset.set[set], _mm512_set1_ps(sum), v);
-        }
         float* out = c + m * kBlockRows + set * kHalfRows;
-        v = add ? _mm512_fmadd_ps(v, scale.set[set], _mm512_loadu_ps(out))
-                : _mm512_mul_ps(v, scale.set[set]);
-        _mm512_storeu_ps(out, v);
+        _mm512_storeu_ps(out, _mm512_fmadd_ps(v, scale.set[set], _mm512_loadu_ps(out)));
       }
     }
-    add = true;
+    if (shape.packing.zeros) {
+      add_zeros(load_scales(type, head + shape.scale_bytes()), scale,
+                x + sums_at + g * sizeof(float), x_stride, c);
+    }
     if (++part == shape.groups_in_line()) {
       part = 0;
       head += shape.line_bytes();
-      if constexpr (!E::kFromPanel) steps = head + shape.line_head();
+      steps = head + shape.line_head();
+    }
+  }
+}
+
+// A group's zeros, where they are not the centre.
+template <class E>
+template <int M>
+void Exact<E>::Tile<M>::add_zeros(const Scales& zero, const Scales& scale, const char* sums,
+                                  int64_t x_stride, float* c) {
+  for (int set = 0; set < 2; ++set) {
+    const auto offset =
+        _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(E::kCentre), zero.set[set]), scale.set[set]);
+    for (int m = 0; m < M; ++m) {
+      float sum;
+      __builtin_memcpy(&sum, sums + m * x_stride, sizeof sum);
+      float* out = c + m * kBlockRows + set * kHalfRows;
+      _mm512_storeu_ps(out, _mm512_fmadd_ps(offset, _mm512_set1_ps(sum), _mm512_loadu_ps(out)));
     }
   }
 }
@@ -172,14 +184,14 @@ void exact_load_group(const LoadGroupArgs& a) {
 }
 
 template <class E, int kMax>
-void run_exact(const MultiplyArgs& a, const BlockShape& shape, const char* panel) {
+void run_exact(const MultiplyArgs& a, const BlockShape& shape) {
   static constexpr auto table =
       tile_table<Exact<E>::template Tile>(std::make_integer_sequence<int, kMax>{});
-  run_tiles<kMax>(a, shape, panel, table.of);
+  run_tiles<kMax>(a, shape, table.of);
 }
 
 template <class E, void (*multiply)(const MultiplyArgs&)>
-constexpr Kernel exact_kernel(uint32_t needs, int64_t (*panel_bytes)(int64_t)) {
+constexpr Kernel exact_kernel(uint32_t needs) {
   return {.isa = "avx512_bf16",
           .format = E::kFormat,
           .layout = Layout::kBlocks,
@@ -192,7 +204,7 @@ constexpr Kernel exact_kernel(uint32_t needs, int64_t (*panel_bytes)(int64_t)) {
           .load_group = exact_load_group<E>,
           .h_size = sizeof(float),
           .panel_from_tokens = 0,
-          .panel_bytes = panel_bytes,
+          .panel_bytes = nullptr,
           .multiply = multiply,
           .activate = activate<Floats>,
           .combine = combine<Floats>,

@@ -10,7 +10,7 @@ namespace {
 constexpr Table kInt4 = table_of([](int code) { return static_cast<float>(code - 8); });
 using Int4 = Nibbles<Format::kInt4, 8, kInt4>;
 
-constexpr Kernel int4_avx512_bf16 = exact_kernel<Int4, multiply_directly<Int4>>(0, nullptr);
+constexpr Kernel int4_avx512_bf16 = exact_kernel<Int4, multiply_directly<Int4>>(0);
 
 }  // namespace
 EY_REGISTER_KERNEL(int4_avx512_bf16);

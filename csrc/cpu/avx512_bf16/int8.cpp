@@ -1,44 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0
-// int8 weights x bf16 activations. Few tokens: the two nibbles of a code are looked up in two
-// tables of bf16, (low) and 16 (high) - 128, and both products are added: twice the dots, no
-// conversion.
+// int8 weights x bf16 activations: integers of 8 bits are bf16 exactly. The tables hold magnitudes
+// 0 .. 127; -128, which only the checkpoints of others have, is looked up as 0 and mended.
 #include "bytes.h"
-#include "nibbles.h"
 
 namespace ey::cpu {
 namespace {
 
-constexpr Table kLow = table_of([](int code) { return static_cast<float>(code); });
-constexpr Table kHigh = table_of([](int code) { return static_cast<float>(16 * code - 128); });
+constexpr uint32_t bf16_of_integer(int v) {
+  return __builtin_bit_cast(uint32_t, static_cast<float>(v)) >> 16;
+}
+constexpr ByteTable kUpper = byte_table(bf16_of_integer, 8);
+constexpr ByteTable kLower = byte_table(bf16_of_integer, 0);
 
-struct Int8 : ByteOrder {
+struct Int8 {
   static constexpr Format kFormat = Format::kInt8;
   static constexpr float kCentre = 128;
-  static constexpr int kDots = 4;
-  static constexpr int pair(int i) { return i / 2; }
 
-  __m512i low = _mm512_load_si512(kLow.value), high = _mm512_load_si512(kHigh.value);
-  template <int i>
-  __m512i weights(__m512i codes) const {
-    const auto index = i == 0 ? codes : _mm512_srli_epi32(codes, 4 * i);
-    return _mm512_permutexvar_epi16(index, i % 2 ? high : low);
-  }
+  ByteLookup upper_of{kUpper}, lower_of{kLower};
 
-  // An integer of 8 bits is a bf16: its fp32 bits end in 16 zeros.
-  static __m512i number(__m512i codes, int j) {
-    const auto code = _mm512_and_si512(_mm512_srli_epi32(codes, 8 * j), _mm512_set1_epi32(0xFF));
-    return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_sub_epi32(code, _mm512_set1_epi32(128))));
-  }
-  static __m512i pair_of(__m512i codes, int j) {
-    return _mm512_or_si512(_mm512_srli_epi32(number(codes, j), 16), number(codes, j + 2));
-  }
-  void pairs(__m512i codes, __m512i& even, __m512i& odd) const {
-    even = pair_of(codes, 0);
-    odd = pair_of(codes, 1);
+  void bytes(__m512i codes, __m512i& upper, __m512i& lower) const {
+    const auto sign = _mm512_set1_epi8(-128);
+    const auto value = _mm512_xor_si512(codes, sign);
+    const auto magnitude = _mm512_abs_epi8(value);  // of -128: 128, index 0
+    const auto found = upper_of(magnitude);
+    const auto mended = _mm512_mask_mov_epi8(found, _mm512_movepi8_mask(magnitude),
+                                             _mm512_set1_epi8(bf16_of_integer(128) >> 8));
+    upper = _mm512_ternarylogic_epi32(mended, value, sign, 0xF8);  // mended | value & sign
+    lower = lower_of(magnitude);
   }
 };
 
-constexpr Kernel int8_avx512_bf16 = exact_kernel<Int8, multiply_bytes<Int8>>(0, byte_panel_bytes);
+constexpr Kernel int8_avx512_bf16 = byte_kernel<Int8>();
 
 }  // namespace
 EY_REGISTER_KERNEL(int8_avx512_bf16);

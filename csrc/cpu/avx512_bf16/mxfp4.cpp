@@ -12,7 +12,7 @@ constexpr float e2m1(int code) {
 constexpr Table kE2m1 = table_of(e2m1);
 using Mxfp4 = Nibbles<Format::kMxfp4, 0, kE2m1>;
 
-constexpr Kernel mxfp4_avx512_bf16 = exact_kernel<Mxfp4, multiply_directly<Mxfp4>>(0, nullptr);
+constexpr Kernel mxfp4_avx512_bf16 = exact_kernel<Mxfp4, multiply_directly<Mxfp4>>(0);
 
 }  // namespace
 EY_REGISTER_KERNEL(mxfp4_avx512_bf16);

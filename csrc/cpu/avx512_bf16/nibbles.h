@@ -28,7 +28,6 @@ template <Format format, int centre_of_codes, const Table& kTable>
 struct Nibbles {
   static constexpr Format kFormat = format;
   static constexpr float kCentre = centre_of_codes;
-  static constexpr bool kFromPanel = false;
   static constexpr int kStep = 8, kDots = 4;
   static constexpr int pair(int i) { return i; }
   static constexpr int order(int place) {
@@ -46,7 +45,7 @@ struct Nibbles {
 
 template <class E>
 void multiply_directly(const MultiplyArgs& a) {
-  run_exact<E, kTileM>(a, {E::kFormat, a.w.packing, a.w.k}, nullptr);
+  run_exact<E, kTileM>(a, {E::kFormat, a.w.packing, a.w.k});
 }
 
 }  // namespace

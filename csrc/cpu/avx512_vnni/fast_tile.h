@@ -7,11 +7,12 @@
 //   E::kStep     k in a step, four for each dot       E::kDots     dots of a step and lane set
 //   E::kCentre   what comes off every code            e.bytes<i>(codes)   of dot i
 //
-// Integer sums begin at -centre * sum q, so that they end as the exact product; then they become
-// fp32 and are added to c, times both scales. Weights with one scale a row are scaled once, at the
-// end.
+// Integer sums of a group become fp32 and are added to c, which is in L1, times both scales.
+// Weights with one scale a row are scaled once, at the end.
 //
-// Registers of a tile of M tokens: 2 M sums, 2 codes, 2 bytes, 1 activation, E's tables.
+// Registers of a tile of M tokens: 2 M sums, 2 codes, 2 bytes, 1 activation, E's tables. With M =
+// 12 a group of 128 k is 768 dots (384 cycles); ending it, 24 conversions and at most 48
+// multiply-adds.
 #pragma once
 
 #include "../activation.h"
@@ -30,6 +31,8 @@ struct Fast {
   template <int M>
   struct Tile {
     [[gnu::noinline]] static void run(const Stretch& s, const char* x, int64_t x_stride, float* c);
+    [[gnu::noinline]] static void add_zeros(const Scales& zero, const Scales& scale,
+                                            const Tokens<M>& record, float* c);
   };
 };
 
@@ -39,32 +42,31 @@ void Fast<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, fl
   constexpr int kChains = M == 1 ? 4 : M <= 3 ? 2 : 1;
   constexpr int kUnroll = kChains > E::kDots ? kChains / E::kDots : 1;
   const BlockShape& shape = *s.shape;
-  const FastRow row({shape.k, shape.packing});
+  const FastRow row(shape.packing);
   const int64_t line_k = shape.line_k();
   const bool whole_rows = shape.packing.group_size == 0;  // one scale for all of k
   const ScaleType type = shape.packing.scale_type;
   const int groups_in_line = static_cast<int>(shape.groups_in_line());
   const E e;
 
-  Tokens<M> tokens(x, x_stride, s.k_begin);
+  Tokens<M> tokens(x, x_stride, row.at(s.k_begin));
   const int64_t line = s.k_begin / line_k;
   const char* head = s.block + line * shape.line_bytes();
   const char* steps =
       head + shape.line_head() + (s.k_begin - line * line_k) / E::kStep * kStepBytes;
-  int part = static_cast<int>(s.k_begin / row.sum_group % groups_in_line);
+  int part = static_cast<int>(s.k_begin / row.values % groups_in_line);
   const int64_t fetch_step = s.whole ? 128 : 64, second = s.whole ? 64 : 0;
+  if (!s.add) {
+#pragma GCC unroll 12
+    for (int i = 0; i < M * 2; ++i) _mm512_storeu_ps(c + i * kHalfRows, _mm512_setzero_ps());
+  }
 
-  for (int64_t k = s.k_begin; k < s.k_end;) {
-    const int64_t end = k + row.sum_group < s.k_end ? k + row.sum_group : s.k_end;
-    const int64_t sum_index = k / row.sum_group;
-    const int64_t x_group = k / kGroup;
-
+  for (int64_t k = s.k_begin; k < s.k_end; k += row.values) {
+    const Tokens<M> record = tokens;
     __m512i acc[kChains][M][2];
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-      const int32_t sum =
-          reinterpret_cast<const int32_t*>(x + m * x_stride + row.sums_at)[sum_index];
-      acc[0][m][0] = acc[0][m][1] = _mm512_set1_epi32(-E::kCentre * sum);
+      acc[0][m][0] = acc[0][m][1] = record.broadcast(m, FastRow::kStart);
 #pragma GCC unroll 4
       for (int i = 1; i < kChains; ++i) acc[i][m][0] = acc[i][m][1] = _mm512_setzero_si512();
     }
@@ -82,7 +84,7 @@ void Fast<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, fl
         const auto w_a = e.template bytes<kI>(set_a), w_b = e.template bytes<kI>(set_b);
 #pragma GCC unroll 12
         for (int m = 0; m < M; ++m) {
-          const auto xm = tokens.broadcast(m, kI * 4);
+          const auto xm = tokens.broadcast(m, FastRow::kCodes + kI * 4);
           acc[kChain][m][0] = dot_u8_s8(acc[kChain][m][0], w_a, xm);
           acc[kChain][m][1] = dot_u8_s8(acc[kChain][m][1], w_b, xm);
         }
@@ -94,7 +96,7 @@ void Fast<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, fl
       steps += kStepBytes;
       fetch += fetch_step;
     };
-    int64_t count = (end - k) / E::kStep;
+    int64_t count = (k + row.values < s.k_end ? row.values : s.k_end - k) / E::kStep;
     if constexpr (kUnroll > 1) {
       for (; count >= kUnroll; count -= kUnroll) {
         [&]<int... U>(std::integer_sequence<int, U...>) __attribute__((always_inline)) {
@@ -103,38 +105,36 @@ void Fast<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, fl
       }
     }
     for (; count > 0; --count) step(std::integral_constant<int, 0>{});
-    k = end;
+    tokens.advance(FastRow::kCodes);
 
-    Scales scale, offset;
-    if (!whole_rows) scale = load_scales(type, head + part * kLanes);
-    if (shape.packing.zeros) {
-      offset = load_scales(type, head + shape.scale_bytes());
-      for (auto& o : offset.set) o = _mm512_sub_ps(o, _mm512_set1_ps(E::kCentre));
-    }
-    const bool add = s.add || sum_index > s.k_begin / row.sum_group;
+    const auto add_to_c = [&](auto scale) __attribute__((always_inline)) {
 #pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) {
-      auto scale_x =
-          _mm512_set1_ps(reinterpret_cast<const float*>(x + m * x_stride + row.scales_at)[x_group]);
-      if constexpr (E::kUnit != 1) scale_x = _mm512_mul_ps(scale_x, _mm512_set1_ps(E::kUnit));
+      for (int m = 0; m < M; ++m) {
+        const auto scale_x = _mm512_castsi512_ps(record.broadcast(m, FastRow::kScale));
 #pragma GCC unroll 2
-      for (int set = 0; set < 2; ++set) {
-        auto sum = acc[0][m][set];
+        for (int set = 0; set < 2; ++set) {
+          auto sum = acc[0][m][set];
 #pragma GCC unroll 4
-        for (int i = 1; i < kChains; ++i) sum = _mm512_add_epi32(sum, acc[i][m][set]);
-        auto v = _mm512_cvtepi32_ps(sum);
-        if (shape.packing.zeros) {
-          const int32_t q =
-              reinterpret_cast<const int32_t*>(x + m * x_stride + row.sums_at)[sum_index];
-          v = _mm512_fnmadd_ps(offset.set[set], _mm512_set1_ps(static_cast<float>(q)), v);
+          for (int i = 1; i < kChains; ++i) sum = _mm512_add_epi32(sum, acc[i][m][set]);
+          float* out = c + m * kBlockRows + set * kHalfRows;
+          const auto v = scale(set, _mm512_cvtepi32_ps(sum));
+          _mm512_storeu_ps(out, _mm512_fmadd_ps(v, scale_x, _mm512_loadu_ps(out)));
         }
-        const auto by = whole_rows ? scale_x : _mm512_mul_ps(scale.set[set], scale_x);
-        float* out = c + m * kBlockRows + set * kHalfRows;
-        v = add ? _mm512_fmadd_ps(v, by, _mm512_loadu_ps(out)) : _mm512_mul_ps(v, by);
-        _mm512_storeu_ps(out, v);
       }
+    };
+    if (whole_rows) {
+      add_to_c([](int, __m512 v) __attribute__((always_inline)) { return v; });
+      continue;
     }
-    if (!whole_rows && ++part == groups_in_line) {
+    Scales scale = load_scales(type, head + part * kLanes);
+    for (auto& v : scale.set) {
+      if constexpr (E::kUnit != 1) v = _mm512_mul_ps(v, _mm512_set1_ps(E::kUnit));
+    }
+    add_to_c([&](int set, __m512 v)
+                 __attribute__((always_inline)) { return _mm512_mul_ps(v, scale.set[set]); });
+    if (shape.packing.zeros)
+      add_zeros(load_scales(type, head + shape.scale_bytes()), scale, record, c);
+    if (++part == groups_in_line) {
       part = 0;
       head += shape.line_bytes();
       steps = head + shape.line_head();
@@ -151,9 +151,30 @@ void Fast<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, fl
   }
 }
 
-inline void fast_load_group(const LoadGroupArgs& a) {
-  const FastRow row(a.shape);
+// A group's zeros, where they are not the centre: (centre - zero) * sum q, and start is
+// -centre * sum q.
+template <class E>
+template <int M>
+void Fast<E>::Tile<M>::add_zeros(const Scales& zero, const Scales& scale, const Tokens<M>& record,
+                                 float* c) {
+  for (int set = 0; set < 2; ++set) {
+    const auto by_centre = _mm512_mul_ps(zero.set[set], _mm512_set1_ps(1.0f / E::kCentre));
+    const auto offset = _mm512_mul_ps(_mm512_sub_ps(by_centre, _mm512_set1_ps(1)), scale.set[set]);
+    for (int m = 0; m < M; ++m) {
+      const auto start = _mm512_cvtepi32_ps(record.broadcast(m, FastRow::kStart));
+      const auto scale_x = _mm512_castsi512_ps(record.broadcast(m, FastRow::kScale));
+      float* out = c + m * kBlockRows + set * kHalfRows;
+      _mm512_storeu_ps(
+          out, _mm512_fmadd_ps(_mm512_mul_ps(start, scale_x), offset, _mm512_loadu_ps(out)));
+    }
+  }
+}
+
+template <class E>
+void fast_load_group(const LoadGroupArgs& a) {
+  const FastRow row(a.shape.packing);
   alignas(64) float values[kGroup];
+  alignas(64) int8_t q[kGroup];
   __builtin_memcpy(values, a.from, a.n * sizeof(float));
   for (int i = a.n; i < kGroup; ++i) values[i] = 0;
   auto largest = _mm512_setzero_ps();
@@ -166,24 +187,27 @@ inline void fast_load_group(const LoadGroupArgs& a) {
   // What is not finite has no integer: a scale of NaN brings it to the token's output.
   const float most = finite == 0xFFFF ? _mm512_reduce_max_ps(largest) : __builtin_nanf("");
   const auto inverse = _mm512_set1_ps(most > 0 ? 127 / most : 0);
-  char* q = a.row + a.k_begin;
   for (int i = 0; i < kGroup; i += 16) {
     const auto rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(values + i), inverse));
     _mm_store_si128(reinterpret_cast<__m128i*>(q + i), _mm512_cvtepi32_epi8(rounded));
   }
-  reinterpret_cast<float*>(a.row + row.scales_at)[a.k_begin / kGroup] = most / 127;
-  auto* sums = reinterpret_cast<int32_t*>(a.row + row.sums_at) + a.k_begin / row.sum_group;
-  for (int64_t g = 0; g < kGroup / row.sum_group; ++g) {
+  const float scale = most / 127;
+  char* to = a.row + row.at(a.k_begin);
+  for (int64_t g = 0; g < kGroup; g += row.values, to += row.record_bytes()) {
     auto sum = _mm256_setzero_si256();
-    for (int64_t i = 0; i < row.sum_group; i += 32) {
-      const auto bytes = _mm512_castsi256_si512(
-          _mm256_load_si256(reinterpret_cast<const __m256i*>(q + g * row.sum_group + i)));
-      const auto part = dot_u8_s8(_mm512_setzero_si512(), _mm512_set1_epi8(1), bytes);
+    for (int64_t i = g; i < g + row.values; i += 32) {
+      const auto codes = _mm256_load_si256(reinterpret_cast<const __m256i*>(q + i));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + FastRow::kCodes + i - g), codes);
+      const auto part =
+          dot_u8_s8(_mm512_setzero_si512(), _mm512_set1_epi8(1), _mm512_castsi256_si512(codes));
       sum = _mm256_add_epi32(sum, _mm512_castsi512_si256(part));
     }
     const auto half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
     const auto pair = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
-    sums[g] = _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0xB1)));
+    const int32_t start =
+        -E::kCentre * _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0xB1)));
+    __builtin_memcpy(to + FastRow::kScale, &scale, sizeof scale);
+    __builtin_memcpy(to + FastRow::kStart, &start, sizeof start);
   }
 }
 
@@ -191,7 +215,7 @@ template <class E>
 void multiply_fast(const MultiplyArgs& a) {
   static constexpr auto table =
       tile_table<Fast<E>::template Tile>(std::make_integer_sequence<int, kTileM>{});
-  run_tiles<kTileM>(a, {E::kFormat, a.w.packing, a.w.k}, nullptr, table.of);
+  run_tiles<kTileM>(a, {E::kFormat, a.w.packing, a.w.k}, table.of);
 }
 
 template <class E>
@@ -204,8 +228,8 @@ constexpr Kernel fast_kernel() {
           .rank = 3,
           .bf16_inputs = false,
           .row_bytes = fast_row_bytes,
-          .load_row = load_row_by_groups<fast_load_group>,
-          .load_group = fast_load_group,
+          .load_row = load_row_by_groups<fast_load_group<E>>,
+          .load_group = fast_load_group<E>,
           .h_size = sizeof(float),
           .panel_from_tokens = 0,
           .panel_bytes = nullptr,

@@ -6,36 +6,15 @@
 // with integer sums exact. mxfp4 codes count as twice their value, plus 12: integers again.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "../fast_rows.h"
 #include "lanes.h"
 
 namespace ey::cpu {
 namespace {
-
-inline void fast_load_group(const LoadGroupArgs& a) {
-  const FastRow row(a.shape);
-  auto* q = reinterpret_cast<int8_t*>(a.row) + a.k_begin;
-  float largest = 0;
-  bool finite = true;
-  for (int i = 0; i < a.n; ++i) {
-    finite = finite && std::isfinite(a.from[i]);
-    largest = std::fmax(largest, std::fabs(a.from[i]));
-  }
-  // What is not finite has no integer: a scale of NaN brings it to the token's output.
-  if (!finite) largest = NAN;
-  const float inverse = largest > 0 ? 127 / largest : 0;
-  for (int i = 0; i < kGroup; ++i) {
-    q[i] = static_cast<int8_t>(i < a.n && finite ? std::nearbyint(a.from[i] * inverse) : 0);
-  }
-  reinterpret_cast<float*>(a.row + row.scales_at)[a.k_begin / kGroup] = largest / 127;
-  auto* sums = reinterpret_cast<int32_t*>(a.row + row.sums_at) + a.k_begin / row.sum_group;
-  for (int64_t g = 0; g < kGroup / row.sum_group; ++g) {
-    sums[g] = 0;
-    for (int64_t i = 0; i < row.sum_group; ++i) sums[g] += q[g * row.sum_group + i];
-  }
-}
 
 // Unsigned integer of a code, what it stands for at zero, and how many times too large it is.
 struct Int8Codes {
@@ -62,11 +41,36 @@ struct Mxfp4Codes {
 };
 
 template <class W>
+void fast_load_group(const LoadGroupArgs& a) {
+  const FastRow row(a.shape.packing);
+  float largest = 0;
+  bool finite = true;
+  for (int i = 0; i < a.n; ++i) {
+    finite = finite && std::isfinite(a.from[i]);
+    largest = std::fmax(largest, std::fabs(a.from[i]));
+  }
+  // What is not finite has no integer: a scale of NaN brings it to the token's output.
+  if (!finite) largest = NAN;
+  const float inverse = largest > 0 ? 127 / largest : 0, scale = largest / 127;
+  for (int64_t begin = 0; begin < kGroup; begin += row.values) {
+    char* to = a.row + row.at(a.k_begin + begin);
+    int32_t sum = 0;
+    for (int64_t j = 0; j < row.values; ++j) {
+      const int64_t i = begin + j;
+      const auto q =
+          static_cast<int8_t>(i < a.n && finite ? std::nearbyint(a.from[i] * inverse) : 0);
+      to[FastRow::kCodes + j] = static_cast<char>(q);
+      sum += q;
+    }
+    const int32_t start = -W::kCentre * sum;
+    std::memcpy(to + FastRow::kScale, &scale, sizeof scale);
+    std::memcpy(to + FastRow::kStart, &start, sizeof start);
+  }
+}
+
+template <class W>
 float fast_dot(const BlockShape& shape, const char* block, int lane, const char* x) {
-  const FastRow row({shape.k, shape.packing});
-  const auto* q = reinterpret_cast<const int8_t*>(x);
-  const auto* scale_x = reinterpret_cast<const float*>(x + row.scales_at);
-  const auto* sums = reinterpret_cast<const int32_t*>(x + row.sums_at);
+  const FastRow row(shape.packing);
   float total = 0;
   const int64_t padded = shape.padded_k(), group = shape.group();
   for (int64_t k = 0; k < padded;) {
@@ -80,18 +84,22 @@ float fast_dot(const BlockShape& shape, const char* block, int lane, const char*
                      head + shape.scale_bytes() + lane * size_of(shape.packing.scale_type), 1,
                      &zero);
     }
-    const int64_t end = k + row.sum_group < padded ? k + row.sum_group : padded;
-    const int64_t sum = sums[k / row.sum_group];
-    const float x_scale = scale_x[k / kGroup];
-    int64_t dot = 0;
+    const char* record = x + row.at(k);
+    float x_scale;
+    int32_t start;
+    std::memcpy(&x_scale, record + FastRow::kScale, sizeof x_scale);
+    std::memcpy(&start, record + FastRow::kStart, sizeof start);
+    const auto* q = reinterpret_cast<const int8_t*>(record + FastRow::kCodes);
+    const int64_t begin = k, end = std::min(k + row.values, padded);
+    int64_t dot = start;
     for (; k < end; k += W::kStep) {
       const char* step =
           head + shape.line_head() + (k - line * shape.line_k()) / W::kStep * kStepBytes;
       const uint32_t dword = Lanes::load_dwords(step + lane * 4);
-      for (int j = 0; j < W::kStep; ++j) dot += W::code(dword, j) * q[k + j];
+      for (int j = 0; j < W::kStep; ++j) dot += W::code(dword, j) * q[k - begin + j];
     }
-    const auto exact = static_cast<float>(dot - W::kCentre * sum);
-    total += x_scale * scale * W::kUnit * (exact - (zero - W::kCentre) * static_cast<float>(sum));
+    const float sum = static_cast<float>(-start / W::kCentre);
+    total += x_scale * scale * W::kUnit * (static_cast<float>(dot) - (zero - W::kCentre) * sum);
   }
   return total;
 }
@@ -113,8 +121,8 @@ constexpr Kernel fast_kernel() {
   k.format = W::kFormat;
   k.mode = Mode::kFast;
   k.row_bytes = fast_row_bytes;
-  k.load_row = load_row_by_groups<fast_load_group>;
-  k.load_group = fast_load_group;
+  k.load_row = load_row_by_groups<fast_load_group<W>>;
+  k.load_group = fast_load_group<W>;
   k.multiply = fast_multiply<W>;
   return k;
 }
