@@ -11,7 +11,7 @@
 //   e.weights<i>(codes)                       the bf16 pairs of dot i
 //
 // Registers of a tile of M tokens: 2 M sums, 2 codes, 2 weights, 1 activation, E's tables; with
-// M = 12 that is 24 + 5 + tables of 32. One or two tokens have too few sums to hide the latency of
+// M = 12 that is 24 + 5 + tables of 32. Up to five tokens have too few sums to hide the latency of
 // vdpbf16ps, so they keep several sums of the same thing.
 #pragma once
 
@@ -38,7 +38,7 @@ struct Exact {
 template <class E>
 template <int M>
 void Exact<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, float* c) {
-  constexpr int kChains = M == 1 ? 4 : M <= 3 ? 2 : 1;
+  constexpr int kChains = M <= 2 ? 4 : M <= 5 ? 2 : 1;
   constexpr int kUnroll = kChains > E::kDots ? kChains / E::kDots : 1;
   constexpr int64_t kSegment = 32 * E::kStep;  // k between two looks at what to fetch
   const BlockShape& shape = *s.shape;
