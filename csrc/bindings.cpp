@@ -336,6 +336,7 @@ PYBIND11_MODULE(_C, m) {
         return ey::cpu::peak_gflops(kernel_called(kernel), threads);
       },
       py::arg("kernel"), py::arg("threads"));
+  m.def("dispatch_us", &ey::cpu::dispatch_us, py::arg("threads"));
   m.attr("build") = py::dict(
       py::arg("compiler") = "g++ " __VERSION__, py::arg("torch_target") = EY_TORCH_TARGET,
       py::arg("cuda") = EY_CUDA_VERSION, py::arg("cuda_architectures") = EY_CUDA_ARCHITECTURES);

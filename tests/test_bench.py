@@ -232,7 +232,9 @@ def test_the_command_writes_json_and_a_picture(tmp_path: Any, capsys: Any) -> No
     out = capsys.readouterr().out
     assert code == 0 and "of read" in out and "int4 fast" not in out
     found = json.loads(file.read_text())
-    assert found["schema"] == 1 and {"cpu", "threads", "torch"} <= set(found["machine"])
+    assert found["schema"] == 1 and {"cpu", "threads", "torch", "dispatch_us"} <= set(
+        found["machine"]
+    )
     assert set(found["limits"]) == {"read_gbps", "bf16_gflops", "int8_gops", "fma_gflops"}
     rows = found["results"]
     assert len(rows) == 8 and all(set(row) >= ROW_KEYS for row in rows)

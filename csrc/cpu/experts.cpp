@@ -166,11 +166,17 @@ void route(Pass& p, Team& team, int thread) {
   team.barrier();
 }
 
+// What is known of the activation rows of a block, for prefetching.
+struct Rows {
+  bool are_new;      // to this thread's caches
+  const char* next;  // the next block's first row, if those rows are new; else null
+};
+
 // Multiplies a block with rows x[begin .. end), a tile of tokens at a time, and calls
 // use(first slot, tokens) for each tile while it is in cache.
 template <class Use>
 void multiply(const Pass& p, const Weights& w, const void* const* x, int64_t begin, int64_t end,
-              int64_t expert_slots, int thread, Use use) {
+              int64_t expert_slots, Rows rows, int thread, Use use) {
   const Kernel& kernel = p.layer.kernel;
   for (int64_t s = begin; s < end; s += kTileTokens) {
     const int tokens = static_cast<int>(std::min(kTileTokens, end - s));
@@ -182,7 +188,9 @@ void multiply(const Pass& p, const Weights& w, const void* const* x, int64_t beg
          .panel = p.panel(thread),
          .panel_filled = s > begin,
          .many_tokens = kernel.panel_from_tokens > 0 && expert_slots >= kernel.panel_from_tokens,
-         .last = s + tokens == end});
+         .last = s + tokens == end,
+         .x_is_new = rows.are_new,
+         .next_x = s + tokens == end ? rows.next : nullptr});
     use(s, tokens);
   }
 }
@@ -192,6 +200,7 @@ void multiply(const Pass& p, const Weights& w, const void* const* x, int64_t beg
 struct W13Place {
   int order;
   int64_t index;
+  bool new_rows = false;  // the thread comes from another expert
 };
 
 // A block of gate and up, and the block that this thread reads after it.
@@ -238,7 +247,10 @@ void w13_block(Pass& p, W13Place here, W13Place after, int64_t begin, int64_t en
   const ExpertPointers& e = l.set.experts[r.active[a]];
   const int64_t row = here.index * kHalfRows;
   const Weights w = w13_weights(p, here, after);
-  multiply(p, w, p.x_of, begin, end, r.first[a + 1] - r.first[a], thread,
+  const bool other = after.order >= 0 && after.order != here.order;
+  const auto* next_x = other ? p.x_of[r.first[r.by_load[after.order]]] : nullptr;
+  const Rows rows{here.new_rows, static_cast<const char*>(next_x)};
+  multiply(p, w, p.x_of, begin, end, r.first[a + 1] - r.first[a], rows, thread,
            [&](int64_t s, int tokens) {
              l.kernel.activate({.c = p.tile(thread),
                                 .num_tokens = tokens,
@@ -282,7 +294,7 @@ void w13_group(Pass& p, W13Place here, W13Place after, int thread) {
   for (int64_t s = r.first[a]; s < end; s += kTileTokens) {
     const int64_t chunk_end = std::min(s + kTileTokens, end);
     for (int64_t block = first_block; block < last_block; ++block) {
-      const W13Place now{here.order, block};
+      const W13Place now{here.order, block, here.new_rows && block == first_block};
       const W13Place next = block + 1 < last_block ? W13Place{here.order, block + 1}
                             : chunk_end < end      ? here
                                                    : after;
@@ -309,6 +321,7 @@ void w13(Pass& p, int thread, int threads) {
   const auto place = [&](int64_t task) {
     return W13Place{static_cast<int>(task / per_expert), task % per_expert * unit};
   };
+  int order = -1;  // of the expert that this thread has come from
   // The next run is taken before this one begins, so that its first block can be fetched in time.
   auto next = p.w13_tasks.take(total, kMaxRun / unit, threads);
   while (next.begin < next.end) {
@@ -318,7 +331,10 @@ void w13(Pass& p, int thread, int threads) {
       const W13Place after = task + 1 < run.end      ? place(task + 1)
                              : next.begin < next.end ? place(next.begin)
                                                      : W13Place{-1, 0};
-      (grouped ? w13_group : w13_single)(p, place(task), after, thread);
+      W13Place here = place(task);
+      here.new_rows = here.order != order;
+      order = here.order;
+      (grouped ? w13_group : w13_single)(p, here, after, thread);
     }
   }
 }
@@ -396,7 +412,9 @@ void w2_run(Pass& p, int64_t begin, int64_t end, int64_t next_begin, int thread)
     const int64_t first = r.first[a], last = r.first[a + 1];
     for (int64_t strip = begin; strip < end; ++strip) {
       const Weights w = w2_weights(p, a, strip, begin, end, next_begin);
-      multiply(p, w, p.h_of, first, last, last - first, thread, [&](int64_t s, int tokens) {
+      const bool more = strip + 1 == end && a + 1 < r.num_active;
+      const Rows rows{strip == begin, more ? static_cast<const char*>(p.h_of[last]) : nullptr};
+      multiply(p, w, p.h_of, first, last, last - first, rows, thread, [&](int64_t s, int tokens) {
         l.kernel.combine({.c = p.tile(thread),
                           .num_tokens = tokens,
                           .num_rows = columns(strip),

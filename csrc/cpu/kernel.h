@@ -69,11 +69,13 @@ struct MultiplyArgs {
   Weights w;
   const void* const* x;  // [num_tokens] activation rows; kBlocks: row_bytes() apart
   int num_tokens;
-  float* c;           // [num_tokens][kBlockRows]
-  char* panel;        // of panel_bytes(): a place to re-order the block; kept from tile to tile
-  bool panel_filled;  // an earlier tile of the same block has filled it
-  bool many_tokens;   // re-ordering pays: this expert's tokens are at least panel_from_tokens
-  bool last;          // tile of this block: the next block may be fetched meanwhile
+  float* c;            // [num_tokens][kBlockRows]
+  char* panel;         // of panel_bytes(): a place to re-order the block; kept from tile to tile
+  bool panel_filled;   // an earlier tile of the same block has filled it
+  bool many_tokens;    // re-ordering pays: this expert's tokens are at least panel_from_tokens
+  bool last;           // tile of this block: the next block may be fetched meanwhile
+  bool x_is_new;       // rows that this thread has not read lately
+  const char* next_x;  // the next block's first rows, if those are new; else null
 };
 
 // h[t][i] = act(c[t][i] + gate_bias[i], c[t][kHalfRows + i] + up_bias[i]) for i < num_rows

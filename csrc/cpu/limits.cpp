@@ -53,4 +53,13 @@ double peak_gflops(const Kernel& kernel, int num_threads) {
   return static_cast<double>(peak.flops) * num_threads / seconds_since(start) / 1e9;
 }
 
+double dispatch_us(int num_threads) {
+  constexpr int kRuns = 2000;
+  const auto nothing = [](void*, Team&, int) {};
+  run_team(num_threads, nothing, nullptr);  // wakes them
+  const auto start = Clock::now();
+  for (int i = 0; i < kRuns; ++i) run_team(num_threads, nothing, nullptr);
+  return seconds_since(start) / kRuns * 1e6;
+}
+
 }  // namespace ey::cpu

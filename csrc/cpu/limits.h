@@ -16,4 +16,7 @@ double read_gbps(const Kernel& kernel, const char* memory, int64_t bytes, int nu
 // GFLOP/s (a multiply-add is two) of num_threads threads that do nothing else.
 double peak_gflops(const Kernel& kernel, int num_threads);
 
+// Microseconds that a run of num_threads threads costs that have nothing to do, back to back.
+double dispatch_us(int num_threads);
+
 }  // namespace ey::cpu

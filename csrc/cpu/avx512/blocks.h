@@ -71,13 +71,26 @@ struct Stretch {
   const char* block;
   int64_t k_begin, k_end;
   bool add;  // to c, or over it
-  // Prefetching, by offset in the block. Decode (one tile): 2 lines a step, kAhead further on; the
-  // last kAhead bytes come from the next block. Several tiles: the first two fetch half of the next
-  // block each, a line a step.
+  // Prefetching, two lines a step, by offset in the block. One tile: both of the weights, kAhead
+  // further on; the last kAhead bytes come from the next block. Several tiles: the first two fetch
+  // half of the next block each, a line a step; the other line is of the rows that the next tile
+  // will read, if those are in no near cache yet.
+  bool whole;              // one tile
   const char* fetch;       // null: nothing
   const char* fetch_tail;  // instead of fetch, from offset tail_at on
   int64_t tail_at;
-  bool whole;  // 2 lines a step
+  const char* x_next;  // null: nothing
+
+  const char* fetch_at(const char* steps) const {
+    const int64_t at = steps - block;
+    const char* from = at < tail_at ? fetch : fetch_tail;
+    return from == nullptr ? steps : whole ? from + at : from + at / 2;
+  }
+  const char* second_at(const char* steps) const {
+    if (whole) return fetch_at(steps) + 64;
+    return x_next == nullptr ? steps : x_next + (steps - block) / 2;
+  }
+  int64_t fetch_step() const { return whole ? kStepBytes : kStepBytes / 2; }
 };
 
 // x: the first token's row; the others' follow, x_stride bytes apart.
@@ -124,16 +137,22 @@ inline void run_tiles(const MultiplyArgs& a, const BlockShape& shape, const Tile
                    .k_begin = k,
                    .k_end = k + stretch < padded ? k + stretch : padded,
                    .add = k > 0,
+                   .whole = count == 1,
                    .fetch = nullptr,
                    .fetch_tail = nullptr,
                    .tail_at = INT64_MAX,
-                   .whole = count == 1};
+                   .x_next = nullptr};
       if (count == 1) {
         s.fetch = a.w.block + kAhead;
         s.tail_at = bytes - kAhead;
         s.fetch_tail = a.w.next_block != nullptr ? a.w.next_block - s.tail_at : s.fetch;
       } else if (t < 2 && a.last && a.w.next_block != nullptr) {
         s.fetch = a.w.next_block + t * (bytes / 2);
+      }
+      if (t + 1 == count) {
+        s.x_next = a.next_x;
+      } else if (a.x_is_new) {
+        s.x_next = x + (first + tokens) * x_stride;
       }
       tiles[tokens - 1](s, x + first * x_stride, x_stride, a.c + first * kBlockRows);
     }

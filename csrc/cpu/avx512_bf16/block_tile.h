@@ -43,6 +43,7 @@ void Exact<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, f
   constexpr int64_t kSegment = 32 * E::kStep;  // k between two looks at what to fetch
   const BlockShape& shape = *s.shape;
   const int64_t group = shape.group(), sums_at = round_up(shape.k, kGroup) * 2;
+  const int64_t fetch_step = s.fetch_step();
   const E e;
 
   Tokens<M> tokens(x, x_stride, s.k_begin * 2);
@@ -66,14 +67,11 @@ void Exact<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, f
     }
     while (k < end) {
       const int64_t stop = k + kSegment < end ? k + kSegment : end;
-      const int64_t at = steps - s.block;
-      const char* fetch = at < s.tail_at ? s.fetch : s.fetch_tail;
-      fetch = fetch == nullptr ? steps : s.whole ? fetch + at : fetch + at / 2;
-      const int64_t fetch_step = s.whole ? 128 : 64, second = s.whole ? 64 : 0;
+      const char *fetch = s.fetch_at(steps), *second = s.second_at(steps);
 
       const auto step = [&](auto u) __attribute__((always_inline)) {
         _mm_prefetch(fetch, _MM_HINT_T0);
-        _mm_prefetch(fetch + second, _MM_HINT_T0);
+        _mm_prefetch(second, _MM_HINT_T0);
         const auto set_a = _mm512_load_si512(steps), set_b = _mm512_load_si512(steps + 64);
         const auto dot = [&](auto i) __attribute__((always_inline)) {
           constexpr int kI = decltype(i)::value;
@@ -91,6 +89,7 @@ void Exact<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, f
         }(std::make_integer_sequence<int, E::kDots>{});
         tokens.advance(E::kStep * 2);
         fetch += fetch_step;
+        second += fetch_step;
         steps += kStepBytes;
       };
       int64_t count = (stop - k) / E::kStep;

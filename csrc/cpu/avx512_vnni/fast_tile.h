@@ -55,7 +55,7 @@ void Fast<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, fl
   const char* steps =
       head + shape.line_head() + (s.k_begin - line * line_k) / E::kStep * kStepBytes;
   int part = static_cast<int>(s.k_begin / row.values % groups_in_line);
-  const int64_t fetch_step = s.whole ? 128 : 64, second = s.whole ? 64 : 0;
+  const int64_t fetch_step = s.fetch_step();
   if (!s.add) {
 #pragma GCC unroll 12
     for (int i = 0; i < M * 2; ++i) _mm512_storeu_ps(c + i * kHalfRows, _mm512_setzero_ps());
@@ -70,13 +70,11 @@ void Fast<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, fl
 #pragma GCC unroll 4
       for (int i = 1; i < kChains; ++i) acc[i][m][0] = acc[i][m][1] = _mm512_setzero_si512();
     }
-    const int64_t at = steps - s.block;
-    const char* fetch = at < s.tail_at ? s.fetch : s.fetch_tail;
-    fetch = fetch == nullptr ? steps : s.whole ? fetch + at : fetch + at / 2;
+    const char *fetch = s.fetch_at(steps), *second = s.second_at(steps);
 
     const auto step = [&](auto u) __attribute__((always_inline)) {
       _mm_prefetch(fetch, _MM_HINT_T0);
-      _mm_prefetch(fetch + second, _MM_HINT_T0);
+      _mm_prefetch(second, _MM_HINT_T0);
       const auto set_a = _mm512_load_si512(steps), set_b = _mm512_load_si512(steps + 64);
       const auto dot = [&](auto i) __attribute__((always_inline)) {
         constexpr int kI = decltype(i)::value;
@@ -95,6 +93,7 @@ void Fast<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, fl
       tokens.advance(E::kStep);
       steps += kStepBytes;
       fetch += fetch_step;
+      second += fetch_step;
     };
     int64_t count = (k + row.values < s.k_end ? row.values : s.k_end - k) / E::kStep;
     if constexpr (kUnroll > 1) {

@@ -55,6 +55,10 @@ class Limits:
         """GFLOP/s of a kernel's multiply-add in registers, a multiply-add counted as two."""
         return float(_C.peak_gflops(kernel, self.num_threads))
 
+    def dispatch_us(self) -> float:
+        """Microseconds of starting the threads and waiting for them, back to back; the median."""
+        return statistics.median(float(_C.dispatch_us(self.num_threads)) for _ in range(15))
+
     def summary(self) -> dict[str, float | None]:
         """The limits by name; None where this CPU has no such instruction. Medians.
 

@@ -94,7 +94,11 @@ def run(args: argparse.Namespace) -> int:
         Console(stderr=True).print(f"Warning: {warning}.", style="yellow", highlight=False)
     probes = Limits(threads)
     limits = probes.summary()
-    console.print(about_limits(about["cpu"], threads, limits), highlight=False)
+    about["dispatch_us"] = probes.dispatch_us()
+    console.print(
+        f"{about_limits(about['cpu'], threads, limits)}, dispatch {about['dispatch_us']:.2f} us",
+        highlight=False,
+    )
     stolen = stolen_seconds()
     results: list[Result] = []
     absent: dict[str, str] = {}
