@@ -5,12 +5,18 @@
 #include <pybind11/stl.h>
 #include <sys/mman.h>
 
+#include <chrono>
+#include <thread>
+#include <tuple>
+
 #include "cpu/features.h"
 #include "cpu/kernel.h"
 #include "cpu/limits.h"
 #include "cpu/threads.h"
 #include "cuda/cuda.h"
 #include "expert_sets.h"
+#include "handoff/lane.h"
+#include "handoff/spans.h"
 #include "packing.h"
 #include "registry.h"
 
@@ -275,6 +281,31 @@ std::string cuda_kernel_name(int64_t handle, const std::string& hidden_dtype, in
 // Raises what the GPU has reported of earlier calls. Call it after a synchronisation to be sure.
 void check_experts(int64_t handle) { throw_unless(ey::cuda::take_bad_id(live(handle)->set)); }
 
+// A job that does nothing for so long: what a device that hangs looks like.
+class Idle : public ey::handoff::Job {
+ public:
+  explicit Idle(double seconds) : seconds_(seconds) {}
+  ey::Status run() override {
+    std::this_thread::sleep_for(std::chrono::duration<double>(seconds_));
+    return {};
+  }
+
+ private:
+  const double seconds_;
+};
+
+void occupy_lane(int64_t lane, double seconds) {
+  auto& found = ey::handoff::lane("cuda:" + std::to_string(lane), 1);
+  throw_unless(found.submit(std::make_shared<Idle>(seconds)));
+}
+
+// Of this thread's last moe_parts: (lane, begin, end) of each part, ns of time.perf_counter_ns.
+std::vector<std::tuple<int64_t, int64_t, int64_t>> last_spans() {
+  std::vector<std::tuple<int64_t, int64_t, int64_t>> out;
+  for (const auto& s : ey::handoff::spans()) out.emplace_back(s.lane, s.begin_ns, s.end_ns);
+  return out;
+}
+
 py::dict experts_info(int64_t handle) {
   const auto entry = live(handle);
   const char* isa = entry->last_isa.load(std::memory_order_relaxed);
@@ -320,6 +351,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("memory"), py::arg("bytes"));
   m.def("remove_experts", &ey::remove_expert_set, py::arg("handle"));
   m.def("write_expert", &write_expert, py::arg("handle"), py::arg("expert"), py::arg("pointers"));
+  m.def("occupy_lane", &occupy_lane, py::arg("lane"), py::arg("seconds"));
+  m.def("last_spans", &last_spans);
   m.def("limit_caller", &ey::cpu::limit_caller, py::arg("threads"));
   m.def("check_experts", &check_experts, py::arg("handle"));
   m.def("experts_info", &experts_info, py::arg("handle"));
