@@ -13,8 +13,9 @@
 namespace ey::handoff {
 namespace {
 
-// Long enough to bridge the gap between two MoE layers of a decode step.
-constexpr int64_t kLaneSpin = 100'000;
+// An idle lane spins for twice as long as it was idle before, to be found awake by the next MoE
+// layer of a decode step: waking it takes 50 us. Longer gaps are not bridged.
+constexpr int64_t kLeastSpin = 100'000, kMostSpin = 2'000'000;
 constexpr int64_t kAskerSpin = 200'000;  // an answer of a decode step comes within that
 // Between two looks at mailboxes that a GPU is to write into: none at first, while a step is under
 // way; then naps that grow to this.
@@ -106,11 +107,13 @@ bool Lane::polling() {
 void Lane::serve(int threads) {
   pthread_setname_np(pthread_self(), ("ey " + name_).substr(0, 15).c_str());
   cpu::limit_caller(threads);
-  int64_t idle_since = now_ns();
+  int64_t idle_since = now_ns(), spin = kLeastSpin;
   for (;;) {
     const uint32_t seen = bell_.value();
     if (const std::shared_ptr<Job> job = next_job()) {
       job->begin_ns = now_ns();
+      const int64_t gap = job->begin_ns - idle_since;
+      spin = gap < kMostSpin ? std::clamp(2 * gap, kLeastSpin, kMostSpin) : kLeastSpin;
       job->status = job->run();
       job->end_ns = now_ns();
       {
@@ -125,8 +128,7 @@ void Lane::serve(int threads) {
       const int64_t idle = now_ns() - idle_since - kPollSpin;
       if (idle > 0) nap(std::min(kLongestNap, 1000 + idle / 16));
     } else {
-      bell_.wait_while(seen, INT64_MAX, kLaneSpin);
-      idle_since = now_ns();
+      bell_.wait_while(seen, INT64_MAX, spin);
     }
   }
 }
