@@ -15,6 +15,7 @@
 #include "cpu/threads.h"
 #include "cuda/cuda.h"
 #include "expert_sets.h"
+#include "handoff/desk.h"
 #include "handoff/lane.h"
 #include "handoff/spans.h"
 #include "packing.h"
@@ -299,6 +300,31 @@ void occupy_lane(int64_t lane, double seconds) {
   throw_unless(found.submit(std::make_shared<Idle>(seconds)));
 }
 
+// For calls of one shape whose hidden states are on a GPU and whose experts are in RAM too.
+int64_t add_desk(int device, int64_t num_tokens, int64_t hidden_size, int64_t top_k,
+                 const std::string& hidden_dtype, int threads, double timeout,
+                 bool host_functions) {
+  std::unique_ptr<ey::handoff::Desk> desk;
+  throw_unless(ey::handoff::Desk::make(device,
+                                       {.num_tokens = num_tokens,
+                                        .hidden_size = hidden_size,
+                                        .top_k = top_k,
+                                        .hidden_dtype = parse_dtype(hidden_dtype)},
+                                       {.threads = threads,
+                                        .timeout_ns = static_cast<int64_t>(timeout * 1e9),
+                                        .host_functions = host_functions},
+                                       &desk));
+  return ey::handoff::add_desk(std::move(desk));
+}
+
+// Raises what went wrong with an earlier question.
+void check_desk(int64_t handle) {
+  const auto desk = ey::handoff::find_desk(handle);
+  if (desk == nullptr) throw py::value_error(std::to_string(handle) + " is not a live handle");
+  const py::gil_scoped_release others_may_run;
+  throw_unless(desk->check(true));
+}
+
 // Of this thread's last moe_parts: (lane, begin, end) of each part, ns of time.perf_counter_ns.
 std::vector<std::tuple<int64_t, int64_t, int64_t>> last_spans() {
   std::vector<std::tuple<int64_t, int64_t, int64_t>> out;
@@ -353,6 +379,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("write_expert", &write_expert, py::arg("handle"), py::arg("expert"), py::arg("pointers"));
   m.def("occupy_lane", &occupy_lane, py::arg("lane"), py::arg("seconds"));
   m.def("last_spans", &last_spans);
+  m.def("add_desk", &add_desk, py::arg("device"), py::arg("num_tokens"), py::arg("hidden_size"),
+        py::arg("top_k"), py::arg("hidden_dtype"), py::arg("threads"), py::arg("timeout"),
+        py::arg("host_functions"));
+  m.def("check_desk", &check_desk, py::arg("desk"));
+  m.def("remove_desk", &ey::handoff::remove_desk, py::arg("desk"));
   m.def("limit_caller", &ey::cpu::limit_caller, py::arg("threads"));
   m.def("check_experts", &check_experts, py::arg("handle"));
   m.def("experts_info", &experts_info, py::arg("handle"));

@@ -9,6 +9,10 @@
 //   expertyard::moe_parts(..., int[] experts, int[] lanes, float timeout, int layer, bool fp32)
 //                         -> Tensor   the sum of several sets of experts, all in this machine's
 //                         memory, each on the lane of its number (virtual GPUs); -1: the caller
+//   expertyard::ask_cpu(..., int experts, int desk) -> Tensor      a GPU asks for the share of
+//   expertyard::collect_cpu(Tensor ticket, Tensor share, int desk) -> Tensor     experts in RAM,
+//   and
+//                         adds it to its own share; between the two its own experts run
 //
 // Shapes, dtypes and errors: python/expertyard/ops.py, which also registers the fake kernel and
 // the backward that refuses.
@@ -32,6 +36,7 @@
 #include "cpu/threads.h"
 #include "cuda/cuda.h"
 #include "expert_sets.h"
+#include "handoff/desk.h"
 #include "handoff/lane.h"
 #include "handoff/spans.h"
 #include "handoff/sum.h"
@@ -315,6 +320,60 @@ Tensor run_on_cuda(Call call) {
   return call.out;
 }
 
+std::shared_ptr<ey::handoff::Desk> live_desk(int64_t handle) {
+  auto desk = ey::handoff::find_desk(handle);
+  EY_CHECK(desk != nullptr, "desk: ", handle, " is not a live handle");
+  return desk;
+}
+
+// Queues the question and returns its ticket, [1] int32.
+Tensor ask_cpu_cuda(const Tensor& hidden_states, const Tensor& topk_ids, const Tensor& topk_weights,
+                    int64_t experts, int64_t desk) {
+  const auto found = live_desk(desk);
+  const ey::cuda::BoxShape& shape = found->box().shape;
+  const Tensor x = torch::stable::contiguous(hidden_states);
+  const Call call = check(x, topk_ids, topk_weights, experts, &x);  // nothing is written into x
+  EY_CHECK(call.entry->device < 0, "experts: expected experts on the CPU");
+  EY_CHECK(x.get_device_index() == found->box().device &&
+               call.args.num_tokens == shape.num_tokens &&
+               call.args.set->hidden_size == shape.hidden_size && call.args.top_k == shape.top_k &&
+               call.args.hidden_dtype == shape.hidden_dtype,
+           "desk: expected calls of the shape that it was made for");
+  const torch::stable::accelerator::DeviceGuard guard(found->box().device);
+  Tensor ticket = torch::stable::new_empty(x, {1}, ScalarType::Int);
+  const ey::cuda::Question question = {.hidden_states = call.args.hidden_states,
+                                       .topk_ids = call.args.topk_ids,
+                                       .ids_are_int64 = call.args.ids_are_int64,
+                                       .topk_weights = call.args.topk_weights,
+                                       .weights_dtype = call.args.weights_dtype,
+                                       .experts = experts,
+                                       .num_experts = call.args.set->num_experts};
+  const ey::Status done = found->ask(question, static_cast<uint32_t*>(ticket.mutable_data_ptr()),
+                                     current_cuda_stream(found->box().device));
+  EY_CHECK(done.ok, done.what);
+  return ticket;
+}
+
+// share: [num_tokens, hidden_size] float32, or with no elements: there is none.
+Tensor collect_cpu_cuda(const Tensor& ticket, const Tensor& share, int64_t desk) {
+  const auto found = live_desk(desk);
+  const ey::cuda::BoxShape& shape = found->box().shape;
+  EY_CHECK(share.scalar_type() == ScalarType::Float && share.is_contiguous() &&
+               (share.numel() == 0 || share.numel() == shape.num_tokens * shape.hidden_size),
+           "share: expected contiguous [num_tokens, hidden_size] float32, got ", shape_of(share));
+  const auto dtype = shape.hidden_dtype == ey::DType::kF32    ? ScalarType::Float
+                     : shape.hidden_dtype == ey::DType::kBF16 ? ScalarType::BFloat16
+                                                              : ScalarType::Half;
+  const torch::stable::accelerator::DeviceGuard guard(found->box().device);
+  Tensor out = torch::stable::new_empty(ticket, {shape.num_tokens, shape.hidden_size}, dtype);
+  const ey::Status done = found->collect(
+      static_cast<const uint32_t*>(ticket.const_data_ptr()),
+      share.numel() ? static_cast<const float*>(share.const_data_ptr()) : nullptr,
+      out.mutable_data_ptr(), shape.hidden_dtype, current_cuda_stream(found->box().device));
+  EY_CHECK(done.ok, done.what);
+  return out;
+}
+
 Tensor moe_experts_cpu(const Tensor& hidden_states, const Tensor& topk_ids,
                        const Tensor& topk_weights, int64_t experts) {
   return run_on_cpu(check(hidden_states, topk_ids, topk_weights, experts, nullptr));
@@ -347,6 +406,10 @@ STABLE_TORCH_LIBRARY(expertyard, m) {
   m.def(
       "moe_parts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, int[] experts, "
       "int[] lanes, float timeout, int layer, bool fp32) -> Tensor");
+  m.def(
+      "ask_cpu(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, int experts, int desk) "
+      "-> Tensor");
+  m.def("collect_cpu(Tensor ticket, Tensor share, int desk) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(expertyard, CPU, m) {
@@ -358,4 +421,6 @@ STABLE_TORCH_LIBRARY_IMPL(expertyard, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(expertyard, CUDA, m) {
   m.impl("moe_experts", TORCH_BOX(&moe_experts_cuda));
   m.impl("moe_experts_into", TORCH_BOX(&moe_experts_into_cuda));
+  m.impl("ask_cpu", TORCH_BOX(&ask_cpu_cuda));
+  m.impl("collect_cpu", TORCH_BOX(&collect_cpu_cuda));
 }

@@ -89,6 +89,37 @@ def moe_parts(
     return out
 
 
+def ask_cpu(
+    hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: PackedExperts, desk: int
+) -> Tensor:
+    """Queues a question of a GPU: the share of experts that are in RAM. All tensors are on the GPU.
+
+    desk  of _C.add_desk, for calls of this shape
+    Returns a ticket for collect_cpu(), which must be queued on the same stream before the next
+    question of the same desk. Raises DeviceError or KernelError: what went wrong with an earlier
+    question, whose result is NaN.
+    """
+    try:
+        ticket: Tensor = torch.ops.expertyard.ask_cpu(
+            hidden_states, topk_ids, topk_weights, experts.handle, desk
+        )
+    except RuntimeError as error:
+        raise _translated(error) from None
+    return ticket
+
+
+def collect_cpu(ticket: Tensor, share: Tensor, desk: int) -> Tensor:
+    """Queues the sum of the CPU's answer and `share`, rounded once to the question's dtype.
+
+    share  [num_tokens, hidden_size] float32 on the GPU, or without elements: there is none
+    """
+    try:
+        out: Tensor = torch.ops.expertyard.collect_cpu(ticket, share, desk)
+    except RuntimeError as error:
+        raise _translated(error) from None
+    return out
+
+
 def _translated(error: RuntimeError) -> RuntimeError | KernelError | DeviceError:
     """Our own sentence out of an error of the operator; anything else as it is."""
     if isinstance(error, KernelError) or _MARK not in str(error):

@@ -27,6 +27,7 @@ from ..ops import moe_experts, moe_parts, refuse_backward
 from ..weights import Expert, PackedExperts
 from . import trace
 from .copies import bring, copy_expert, multiply, stream
+from .handoff import Desks
 from .lanes import Ticket, submit
 from .options import RunOptions
 from .placement import PartPlan, Placement, Prefill, split_rank
@@ -69,6 +70,7 @@ class LayerExperts:
     parts    none is empty; together they have every expert, unless other processes have some
     group    of the processes that have other experts, or None (see parallel.Group)
     after    called with (self, topk_ids) when a call is done: statistics and policies
+    desks    for hand-offs between a real GPU and the CPU; one object for all layers of a model
     next     the layer that adds what this one defers (RunOptions.defer), or None: nothing is
     """
 
@@ -88,6 +90,7 @@ class LayerExperts:
         self.parts = [Part(p, w) for p, w in zip(placement.parts, packed, strict=True)]
         self.group = group
         self.after: Callable[[LayerExperts, Tensor], None] | None = None
+        self.desks = Desks()
         self.next: LayerExperts | None = None
         self.defers_any = False  # also in calls of many tokens: to see what it does to a prompt
         self._late: Ticket | None = None  # the share of the layer before, still at work
@@ -110,9 +113,20 @@ class LayerExperts:
         self._order = sorted(self.parts, key=lambda part: not part.is_cpu)
         self._together = _Together(p for p in self._order if p.is_ours_here)
         self._are_together = len(self._together.parts) == len(self.parts) > 0
+        self._asked = self._cpu_and_home()
         self._stream_from = min(
             (p.stream_from for p in self.parts if p.stream_from is not None), default=1 << 62
         )
+
+    def _cpu_and_home(self) -> tuple[Part, Part | None] | None:
+        """(the CPU's part, the part at home), if there is a CPU part and nothing else but these,
+        and our kernels run both."""
+        cpu = [part for part in self.parts if part.is_cpu]
+        rest = [part for part in self.parts if not part.is_cpu]
+        ours = all(part.op != "torch" and not part.is_virtual for part in self.parts)
+        if len(cpu) != 1 or len(rest) > 1 or not ours or not all(map(self._is_home, rest)):
+            return None
+        return cpu[0], rest[0] if rest else None
 
     def _is_home(self, part: Part) -> bool:
         return part.local == self._home_device
@@ -239,6 +253,8 @@ class LayerExperts:
             )
         num_tokens = hidden.shape[0]
         is_here = hidden.device.type == "cpu"
+        if not is_here and self._asks_cpu(num_tokens, may_round):
+            return self._ask_cpu(hidden, ids, weights)
         if is_here and self._are_together and num_tokens < self._stream_from:
             return self._run_together(self._together, hidden, ids, weights, may_round)
         begun: list[tuple[Part, Finish]] = []
@@ -273,6 +289,41 @@ class LayerExperts:
         if total is None:  # all experts are in other processes
             return hidden.new_zeros(hidden.shape, dtype=torch.float32)
         return total
+
+    def _asks_cpu(self, num_tokens: int, may_round: bool) -> bool:
+        """Whether the GPU asks the CPU itself: always while a CUDA graph is captured, where no
+        thread of the host can wait for it."""
+        can = self._asked is not None and may_round and num_tokens < self._stream_from
+        if not torch.cuda.is_current_stream_capturing():
+            return can and self.options.handoff != "auto"
+        if not can and any(part.local != self._home_device for part in self.parts):
+            raise DeviceError(
+                f"Layer {self.layer}: a call of {num_tokens} tokens cannot be part of a CUDA graph. "
+                "Its parts may be on its own GPU and the CPU, with no plain PyTorch, no other "
+                "processes, no deferral, and no weights that are brought for the call."
+            )
+        return can
+
+    def _ask_cpu(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The GPU asks, runs its own experts meanwhile, and adds the answer: all queued on its
+        stream. The sum, rounded once."""
+        assert self._asked is not None
+        cpu, home = self._asked
+        asked = self.desks.ask(hidden, ids, weights, cpu.packed, self.options)
+        share = None
+        if home is not None:
+            share = _work(
+                f"layer {self.layer}", home.packed, home.op, None, home.local, hidden, ids, weights
+            )
+        return asked.collect(share)
+
+    def check(self) -> None:
+        """Raises what went wrong in replays of CUDA graphs, or in earlier calls with
+        RunOptions.handoff "flag" or "host"; their results are NaN. Call torch.cuda.synchronize()
+        before to be sure of the answer."""
+        self.desks.check()
+        for part in self.parts:
+            part.packed.check()
 
     def _run_together(
         self, parts: "_Together", hidden: Tensor, ids: Tensor, weights: Tensor, may_round: bool
@@ -433,6 +484,7 @@ class LayerExperts:
             self.placement, packed, layer=self.layer, options=self.options, group=self.group
         )
         twin.moved, twin._kept = dict(self.moved), dict(self._kept)
+        twin.desks = copy.deepcopy(self.desks, memo)
         return twin
 
     def __reduce__(self) -> Any:
