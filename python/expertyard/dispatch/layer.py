@@ -298,7 +298,7 @@ class LayerExperts:
             return can and self.options.handoff != "auto"
         if not can and any(part.local != self._home_device for part in self.parts):
             raise DeviceError(
-                f"Layer {self.layer}: a call of {num_tokens} tokens cannot be part of a CUDA graph. "
+                f"Layer {self.layer}: a call of {num_tokens} tokens cannot be in a CUDA graph. "
                 "Its parts may be on its own GPU and the CPU, with no plain PyTorch, no other "
                 "processes, no deferral, and no weights that are brought for the call."
             )

@@ -69,8 +69,8 @@ def set_policy(model: Any, policy: str) -> None:
 
 
 def link(layers: list[LayerExperts]) -> None:
-    """The layers of one model share their hand-off buffers, and each layer's deferred share is added
-    by the next one; the last one defers nothing."""
+    """The layers of one model share their hand-off buffers. Each layer's deferred share is added by
+    the next one; the last one defers nothing."""
     for layer in layers:
         layer.desks = layers[0].desks
     for layer, later in itertools.pairwise(layers):
