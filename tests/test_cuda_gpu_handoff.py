@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On a real GPU (else skipped): a layer in parts on the GPU and the CPU, in CUDA graphs and outside;
-errors and time-outs of the CPU's part surface as sentences."""
+"""On a real GPU (else skipped): a layer in parts on the GPU and the CPU, in CUDA graphs and outside
+them; errors and time-outs of the CPU's part surface as sentences."""
 
 from typing import Any
 
@@ -80,7 +80,8 @@ def test_a_hundred_replays(handoff: str, tokens: int) -> None:
     b.desks = a.desks
     x, ids, topk_weights = inputs(tokens)
     with torch.inference_mode():
-        a(x, ids, topk_weights), b(x, ids, topk_weights)  # warm up
+        a(x, ids, topk_weights)  # warm up
+        b(x, ids, topk_weights)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -169,6 +170,9 @@ def test_what_cannot_be_captured_is_a_sentence() -> None:
         part.stream_from = 1 if part.is_cpu else None
     experts._arrange()
     call = inputs(4)
-    with torch.inference_mode(), pytest.raises(DeviceError, match="cannot be in a CUDA graph"):
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            experts(*call)
+    with (
+        torch.inference_mode(),
+        pytest.raises(DeviceError, match="cannot be in a CUDA graph"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        experts(*call)
