@@ -5,12 +5,19 @@
 #include <pybind11/stl.h>
 #include <sys/mman.h>
 
+#include <chrono>
+#include <thread>
+#include <tuple>
+
 #include "cpu/features.h"
 #include "cpu/kernel.h"
 #include "cpu/limits.h"
 #include "cpu/threads.h"
 #include "cuda/cuda.h"
 #include "expert_sets.h"
+#include "handoff/desk.h"
+#include "handoff/lane.h"
+#include "handoff/spans.h"
 #include "packing.h"
 #include "registry.h"
 
@@ -275,6 +282,56 @@ std::string cuda_kernel_name(int64_t handle, const std::string& hidden_dtype, in
 // Raises what the GPU has reported of earlier calls. Call it after a synchronisation to be sure.
 void check_experts(int64_t handle) { throw_unless(ey::cuda::take_bad_id(live(handle)->set)); }
 
+// A job that does nothing for so long: what a device that hangs looks like.
+class Idle : public ey::handoff::Job {
+ public:
+  explicit Idle(double seconds) : seconds_(seconds) {}
+  ey::Status run() override {
+    std::this_thread::sleep_for(std::chrono::duration<double>(seconds_));
+    return {};
+  }
+
+ private:
+  const double seconds_;
+};
+
+void occupy_lane(int64_t lane, double seconds) {
+  auto& found = ey::handoff::lane("cuda:" + std::to_string(lane), 1);
+  throw_unless(found.submit(std::make_shared<Idle>(seconds)));
+}
+
+// For calls of one shape whose hidden states are on a GPU and whose experts are in RAM too.
+int64_t add_desk(int device, int64_t num_tokens, int64_t hidden_size, int64_t top_k,
+                 const std::string& hidden_dtype, int threads, double timeout,
+                 bool host_functions) {
+  std::unique_ptr<ey::handoff::Desk> desk;
+  throw_unless(ey::handoff::Desk::make(device,
+                                       {.num_tokens = num_tokens,
+                                        .hidden_size = hidden_size,
+                                        .top_k = top_k,
+                                        .hidden_dtype = parse_dtype(hidden_dtype)},
+                                       {.threads = threads,
+                                        .timeout_ns = static_cast<int64_t>(timeout * 1e9),
+                                        .host_functions = host_functions},
+                                       &desk));
+  return ey::handoff::add_desk(std::move(desk));
+}
+
+// Raises what went wrong with an earlier question.
+void check_desk(int64_t handle) {
+  const auto desk = ey::handoff::find_desk(handle);
+  if (desk == nullptr) throw py::value_error(std::to_string(handle) + " is not a live handle");
+  const py::gil_scoped_release others_may_run;
+  throw_unless(desk->check(true));
+}
+
+// Of this thread's last moe_parts: (lane, begin, end) of each part, ns of time.perf_counter_ns.
+std::vector<std::tuple<int64_t, int64_t, int64_t>> last_spans() {
+  std::vector<std::tuple<int64_t, int64_t, int64_t>> out;
+  for (const auto& s : ey::handoff::spans()) out.emplace_back(s.lane, s.begin_ns, s.end_ns);
+  return out;
+}
+
 py::dict experts_info(int64_t handle) {
   const auto entry = live(handle);
   const char* isa = entry->last_isa.load(std::memory_order_relaxed);
@@ -320,6 +377,13 @@ PYBIND11_MODULE(_C, m) {
       py::arg("memory"), py::arg("bytes"));
   m.def("remove_experts", &ey::remove_expert_set, py::arg("handle"));
   m.def("write_expert", &write_expert, py::arg("handle"), py::arg("expert"), py::arg("pointers"));
+  m.def("occupy_lane", &occupy_lane, py::arg("lane"), py::arg("seconds"));
+  m.def("last_spans", &last_spans);
+  m.def("add_desk", &add_desk, py::arg("device"), py::arg("num_tokens"), py::arg("hidden_size"),
+        py::arg("top_k"), py::arg("hidden_dtype"), py::arg("threads"), py::arg("timeout"),
+        py::arg("host_functions"));
+  m.def("check_desk", &check_desk, py::arg("desk"));
+  m.def("remove_desk", &ey::handoff::remove_desk, py::arg("desk"));
   m.def("limit_caller", &ey::cpu::limit_caller, py::arg("threads"));
   m.def("check_experts", &check_experts, py::arg("handle"));
   m.def("experts_info", &experts_info, py::arg("handle"));

@@ -6,6 +6,13 @@
 //                           int experts) -> Tensor
 //   expertyard::moe_experts_into(..., Tensor(a!) out) -> ()   the same into memory of the caller's,
 //                           in float32 or hidden_states' dtype: parts of a sum before rounding
+//   expertyard::moe_parts(..., int[] experts, int[] lanes, float timeout, int layer, bool fp32)
+//                         -> Tensor   the sum of several sets of experts, all in this machine's
+//                         memory, each on the lane of its number (virtual GPUs); -1: the caller
+//   expertyard::ask_cpu(..., int experts, int desk) -> Tensor      a GPU asks for the share of
+//   expertyard::collect_cpu(Tensor ticket, Tensor share, int desk) -> Tensor     experts in RAM,
+//   and
+//                         adds it to its own share; between the two its own experts run
 //
 // Shapes, dtypes and errors: python/expertyard/ops.py, which also registers the fake kernel and
 // the backward that refuses.
@@ -18,14 +25,21 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <memory>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "cpu/experts.h"
 #include "cpu/threads.h"
 #include "cuda/cuda.h"
 #include "expert_sets.h"
+#include "handoff/desk.h"
+#include "handoff/lane.h"
+#include "handoff/spans.h"
+#include "handoff/sum.h"
 #include "registry.h"
 
 namespace {
@@ -129,24 +143,145 @@ Call check(const Tensor& hidden_states, const Tensor& topk_ids, const Tensor& to
   return call;
 }
 
-Tensor run_on_cpu(Call call) {
-  EY_CHECK(call.entry->device < 0, "hidden_states: expected device cuda:", call.entry->device,
+const ey::cpu::Kernel& kernel_of(const ey::ExpertSetEntry& entry, ey::DType hidden_dtype) {
+  EY_CHECK(entry.device < 0, "hidden_states: expected device cuda:", entry.device,
            ", where these experts are, got cpu");
-
   const ey::cpu::Kernel* kernel = nullptr;
   const ey::Status chosen =
-      ey::select_kernel(call.entry->set.format, call.entry->set.layout, call.entry->set.mode,
-                        call.args.hidden_dtype, &kernel);
+      ey::select_kernel(entry.set.format, entry.set.layout, entry.set.mode, hidden_dtype, &kernel);
   EY_CHECK(chosen.ok, chosen.what);
+  return *kernel;
+}
 
+int threads_of_caller() {
   const int wanted = static_cast<int>(torch::stable::get_num_threads());
   const int usable = std::min(ey::cpu::thread_limits().usable(), ey::cpu::callers_limit());
-  const int threads = std::clamp(wanted, 1, usable);
-  const ey::Status done = ey::cpu::moe_experts(*kernel, call.args, threads);
+  return std::clamp(wanted, 1, usable);
+}
+
+ey::Status compute(const ey::cpu::Kernel& kernel, ey::ExpertSetEntry& entry,
+                   const ey::MoeArgs& args, int threads) {
+  ey::Status done = ey::cpu::moe_experts(kernel, args, threads);
+  entry.last_isa.store(kernel.isa, std::memory_order_relaxed);
+  entry.calls.fetch_add(1, std::memory_order_relaxed);
+  return done;
+}
+
+Tensor run_on_cpu(Call call) {
+  const ey::cpu::Kernel& kernel = kernel_of(*call.entry, call.args.hidden_dtype);
+  const ey::Status done = compute(kernel, *call.entry, call.args, threads_of_caller());
   EY_CHECK(done.ok, done.what);
-  call.entry->last_isa.store(kernel->isa, std::memory_order_relaxed);
-  call.entry->calls.fetch_add(1, std::memory_order_relaxed);
   return call.out;
+}
+
+// One set's share of a sum. Each has memory of its own: nothing is shared with another call, nor
+// with one that was given up.
+class PartJob : public ey::handoff::Job {
+ public:
+  PartJob(std::shared_ptr<const Call> call, std::shared_ptr<ey::ExpertSetEntry> entry, int threads)
+      : kernel_(kernel_of(*entry, call->args.hidden_dtype)),
+        call_(std::move(call)),
+        entry_(std::move(entry)),
+        args_(call_->args),
+        threads_(threads),
+        share_(new (std::align_val_t(64)) float[args_.num_tokens * entry_->set.hidden_size]) {
+    args_.set = &entry_->set;
+    args_.out = share_.get();
+    args_.out_is_fp32 = true;
+  }
+  ey::Status run() override { return compute(kernel_, *entry_, args_, threads_); }
+  const float* share() const { return share_.get(); }
+  const ey::cpu::Kernel& kernel() const { return kernel_; }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { operator delete[](p, std::align_val_t(64)); }
+  };
+  const ey::cpu::Kernel& kernel_;
+  const std::shared_ptr<const Call> call_;  // keeps the tensors
+  const std::shared_ptr<ey::ExpertSetEntry> entry_;
+  ey::MoeArgs args_;
+  const int threads_;
+  const std::unique_ptr<float[], Free> share_;
+};
+
+struct PartOfCall {
+  std::shared_ptr<PartJob> job;
+  ey::handoff::Lane* lane;  // null: the caller
+};
+
+Tensor moe_parts_cpu(const Tensor& hidden_states, const Tensor& topk_ids,
+                     const Tensor& topk_weights, std::vector<int64_t> experts,
+                     std::vector<int64_t> lanes, double timeout, int64_t layer, bool fp32) {
+  EY_CHECK(!experts.empty() && experts.size() == lanes.size(),
+           "experts and lanes: expected one lane for each set of experts, got ", experts.size(),
+           " and ", lanes.size());
+  const bool rounds = !fp32 && hidden_states.scalar_type() != ScalarType::Float;
+  Tensor out =
+      torch::stable::new_empty(hidden_states, {hidden_states.size(0), hidden_states.size(1)},
+                               rounds ? hidden_states.scalar_type() : ScalarType::Float);
+  const auto call =
+      std::make_shared<const Call>(check(hidden_states, topk_ids, topk_weights, experts[0], &out));
+  const int threads = threads_of_caller();
+  std::vector<PartOfCall> parts;
+  for (size_t i = 0; i < experts.size(); ++i) {
+    auto entry = ey::find_expert_set(experts[i]);
+    EY_CHECK(entry != nullptr, "experts: ", experts[i], " is not a live handle");
+    EY_CHECK(entry->set.hidden_size == call->args.set->hidden_size &&
+                 entry->set.num_experts == call->args.set->num_experts,
+             "experts: parts of one layer have one hidden_size and num_experts");
+    ey::handoff::Lane* lane =
+        lanes[i] < 0 ? nullptr : &ey::handoff::lane("cuda:" + std::to_string(lanes[i]), 1);
+    parts.push_back({std::make_shared<PartJob>(call, std::move(entry), lane ? 1 : threads), lane});
+  }
+
+  // Others first, then the caller's own; every one is waited for, whatever happens.
+  ey::Status problem;
+  const auto keep = [&](const ey::Status& status) {
+    if (problem.ok && !status.ok) problem = status;
+  };
+  std::vector<bool> submitted(parts.size());
+  for (size_t i = 0; i < parts.size(); ++i) {
+    if (parts[i].lane == nullptr) continue;
+    const ey::Status accepted = parts[i].lane->submit(parts[i].job);
+    submitted[i] = accepted.ok;
+    keep(accepted);
+  }
+  const bool late = !problem.ok;  // of a device, not of a kernel
+  for (const PartOfCall& part : parts) {
+    if (part.lane != nullptr || late) continue;
+    part.job->begin_ns = ey::handoff::now_ns();
+    keep(part.job->status = part.job->run());
+    part.job->end_ns = ey::handoff::now_ns();
+  }
+  bool gave_up = late;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    if (!submitted[i]) continue;
+    const ey::Status waited =
+        parts[i].lane->wait(*parts[i].job, static_cast<int64_t>(timeout * 1e9),
+                            "its part of layer " + std::to_string(layer));
+    if (!waited.ok) {
+      if (!gave_up) problem = waited;  // more serious than what a kernel says
+      gave_up = true;
+    } else {
+      keep(parts[i].job->status);
+    }
+  }
+  EY_CHECK(!gave_up, "device: ", problem.what);
+  EY_CHECK(problem.ok, problem.what);
+
+  std::vector<const float*> shares;
+  auto& spans = ey::handoff::spans();
+  spans.clear();
+  for (size_t i = 0; i < parts.size(); ++i) {
+    shares.push_back(parts[i].job->share());
+    spans.push_back({lanes[i], parts[i].job->begin_ns, parts[i].job->end_ns});
+  }
+  const ey::MoeArgs& args = call->args;
+  ey::handoff::add_parts(parts[0].job->kernel(), shares.data(), static_cast<int>(shares.size()),
+                         args.num_tokens * args.set->hidden_size, out_dtype(args), args.out,
+                         threads);
+  return out;
 }
 
 // Torch's current stream. The function is in libtorch_cuda, which a CPU-only torch does not have;
@@ -185,6 +320,60 @@ Tensor run_on_cuda(Call call) {
   return call.out;
 }
 
+std::shared_ptr<ey::handoff::Desk> live_desk(int64_t handle) {
+  auto desk = ey::handoff::find_desk(handle);
+  EY_CHECK(desk != nullptr, "desk: ", handle, " is not a live handle");
+  return desk;
+}
+
+// Queues the question and returns its ticket, [1] int32.
+Tensor ask_cpu_cuda(const Tensor& hidden_states, const Tensor& topk_ids, const Tensor& topk_weights,
+                    int64_t experts, int64_t desk) {
+  const auto found = live_desk(desk);
+  const ey::cuda::BoxShape& shape = found->box().shape;
+  const Tensor x = torch::stable::contiguous(hidden_states);
+  const Call call = check(x, topk_ids, topk_weights, experts, &x);  // nothing is written into x
+  EY_CHECK(call.entry->device < 0, "experts: expected experts on the CPU");
+  EY_CHECK(x.get_device_index() == found->box().device &&
+               call.args.num_tokens == shape.num_tokens &&
+               call.args.set->hidden_size == shape.hidden_size && call.args.top_k == shape.top_k &&
+               call.args.hidden_dtype == shape.hidden_dtype,
+           "desk: expected calls of the shape that it was made for");
+  const torch::stable::accelerator::DeviceGuard guard(found->box().device);
+  Tensor ticket = torch::stable::new_empty(x, {1}, ScalarType::Int);
+  const ey::cuda::Question question = {.hidden_states = call.args.hidden_states,
+                                       .topk_ids = call.args.topk_ids,
+                                       .ids_are_int64 = call.args.ids_are_int64,
+                                       .topk_weights = call.args.topk_weights,
+                                       .weights_dtype = call.args.weights_dtype,
+                                       .experts = experts,
+                                       .num_experts = call.args.set->num_experts};
+  const ey::Status done = found->ask(question, static_cast<uint32_t*>(ticket.mutable_data_ptr()),
+                                     current_cuda_stream(found->box().device));
+  EY_CHECK(done.ok, done.what);
+  return ticket;
+}
+
+// share: [num_tokens, hidden_size] float32, or with no elements: there is none.
+Tensor collect_cpu_cuda(const Tensor& ticket, const Tensor& share, int64_t desk) {
+  const auto found = live_desk(desk);
+  const ey::cuda::BoxShape& shape = found->box().shape;
+  EY_CHECK(share.scalar_type() == ScalarType::Float && share.is_contiguous() &&
+               (share.numel() == 0 || share.numel() == shape.num_tokens * shape.hidden_size),
+           "share: expected contiguous [num_tokens, hidden_size] float32, got ", shape_of(share));
+  const auto dtype = shape.hidden_dtype == ey::DType::kF32    ? ScalarType::Float
+                     : shape.hidden_dtype == ey::DType::kBF16 ? ScalarType::BFloat16
+                                                              : ScalarType::Half;
+  const torch::stable::accelerator::DeviceGuard guard(found->box().device);
+  Tensor out = torch::stable::new_empty(ticket, {shape.num_tokens, shape.hidden_size}, dtype);
+  const ey::Status done = found->collect(
+      static_cast<const uint32_t*>(ticket.const_data_ptr()),
+      share.numel() ? static_cast<const float*>(share.const_data_ptr()) : nullptr,
+      out.mutable_data_ptr(), shape.hidden_dtype, current_cuda_stream(found->box().device));
+  EY_CHECK(done.ok, done.what);
+  return out;
+}
+
 Tensor moe_experts_cpu(const Tensor& hidden_states, const Tensor& topk_ids,
                        const Tensor& topk_weights, int64_t experts) {
   return run_on_cpu(check(hidden_states, topk_ids, topk_weights, experts, nullptr));
@@ -214,14 +403,24 @@ STABLE_TORCH_LIBRARY(expertyard, m) {
   m.def(
       "moe_experts_into(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, int experts, "
       "Tensor(a!) out) -> ()");
+  m.def(
+      "moe_parts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, int[] experts, "
+      "int[] lanes, float timeout, int layer, bool fp32) -> Tensor");
+  m.def(
+      "ask_cpu(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, int experts, int desk) "
+      "-> Tensor");
+  m.def("collect_cpu(Tensor ticket, Tensor share, int desk) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(expertyard, CPU, m) {
   m.impl("moe_experts", TORCH_BOX(&moe_experts_cpu));
   m.impl("moe_experts_into", TORCH_BOX(&moe_experts_into_cpu));
+  m.impl("moe_parts", TORCH_BOX(&moe_parts_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(expertyard, CUDA, m) {
   m.impl("moe_experts", TORCH_BOX(&moe_experts_cuda));
   m.impl("moe_experts_into", TORCH_BOX(&moe_experts_into_cuda));
+  m.impl("ask_cpu", TORCH_BOX(&ask_cpu_cuda));
+  m.impl("collect_cpu", TORCH_BOX(&collect_cpu_cuda));
 }

@@ -27,6 +27,8 @@ MOST_REGISTERS = {
     "combine": 64,
     "experts_stream": 160,
     "experts_grouped": 255,
+    "ring": 64,  # of the hand-off to the CPU
+    "collect": 64,
 }
 FORMATS = ("Bf16Blocks", "Int8Blocks", "Fp8Blocks", "Int4Blocks", "Mxfp4Blocks")
 

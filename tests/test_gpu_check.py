@@ -65,6 +65,10 @@ class FakeCard:
         self.calls.append("ceilings")
         return {"copy_tb_per_s": lambda: 3.0, "read_tb_per_s": lambda: 3.1}
 
+    def handoff(self) -> dict[str, Any]:
+        self.calls.append("handoff")
+        return {"graph_flag_us": lambda: 3.0}
+
     def layer(self, shape: str, contender: str) -> FakeLayer | None:
         return None if contender.startswith("vllm") else FakeLayer(self, contender)
 

@@ -4,6 +4,7 @@
 import gc
 import json
 import random
+import time
 from typing import Any
 
 import pytest
@@ -189,18 +190,26 @@ def test_attach_obeys_a_plan_that_parts_layers(family: str) -> None:
     assert torch.equal(logits(ey.detach(model), prompts()), expected)
 
 
-def soak(steps: int) -> None:
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def soak(steps: int) -> str:
     """Decode steps with random moves; memory flat, every step's logits those of the static run."""
     moving, static = load(), load()
     chance = random.Random(1)
-    config = moving.config
-    token, caches, resident = ids()[:, :1], None, []
-    most = config.max_position_embeddings
+    token, caches, resident, moves, worst = ids()[:, :1], None, [], 0, 0.0
+    most = moving.config.max_position_embeddings
+    before = [gpu.used for gpu in (virtual.gpu("cuda:0"), virtual.gpu("cuda:1")) if gpu]
+    begin = time.perf_counter()
     for step in range(steps):
         if step % (most // 2) == 0:
             caches = [None, None]
         layer, expert = chance.randrange(4), chance.randrange(16)
-        ey.move(moving, layer, expert, chance.choice(["cpu", "cuda:0", "cuda:1"]))
+        device = chance.choice(["cpu", "cuda:0", "cuda:1"])
+        moves += layers_of(moving)[layer].part_of(expert).device != device
+        ey.move(moving, layer, expert, device)
         with torch.inference_mode():
             outs = [
                 model(token, past_key_values=cache, use_cache=True)
@@ -208,14 +217,27 @@ def soak(steps: int) -> None:
             ]
         caches = [out.past_key_values for out in outs]
         torch.testing.assert_close(outs[0].logits, outs[1].logits, rtol=1e-4, atol=1e-4)
+        worst = max(worst, float((outs[0].logits - outs[1].logits).abs().max()))
         token = outs[1].logits[:, -1].argmax(-1, keepdim=True)
         assert torch.equal(token, outs[0].logits[:, -1].argmax(-1, keepdim=True))
         if step % (steps // 10) == 0:
             gc.collect()
-            with open("/proc/self/statm") as file:
-                resident.append(int(file.read().split()[1]) * 4096)
+            resident.append(resident_bytes())
+    seconds = time.perf_counter() - begin
     half = len(resident) // 2
     assert max(resident[half:]) - max(resident[:half]) < 16 << 20, resident
+    ey.verify(moving)
+    for number, layer_experts in layers_of(moving).items():  # and back to where they were
+        for expert in range(16):
+            layer_experts.move(expert, layers_of(static)[number].part_of(expert).device)
+    gc.collect()
+    after = [gpu.used for gpu in (virtual.gpu("cuda:0"), virtual.gpu("cuda:1")) if gpu]
+    assert after == before, "memory of GPUs"
+    mib = ", ".join(f"{size / 2**20:.1f}" for size in resident)
+    return (
+        f"{steps} steps, {moves} moves, {seconds:.0f} s; largest difference of logits {worst:.1g}; "
+        f"resident MiB at each tenth: {mib}"
+    )
 
 
 def test_a_short_soak() -> None:
@@ -224,4 +246,4 @@ def test_a_short_soak() -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_steps_with_random_moves() -> None:
-    soak(10_000)
+    print(soak(10_000))  # docs/dispatch.md quotes it

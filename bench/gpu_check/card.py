@@ -75,6 +75,11 @@ class Card:
     def ceilings(self) -> dict[str, Callable[[], float]]:
         return probes.ceilings(self.properties)
 
+    def handoff(self) -> dict[str, Callable[[], float]]:
+        from . import handoff
+
+        return handoff.measurements()
+
     def layer(self, shape_name: str, contender: str) -> layers.Layer | None:
         return layers.make(shape_name, contender, graph_seconds)
 

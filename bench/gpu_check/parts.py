@@ -46,6 +46,14 @@ def _ceilings(card: Any, results: dict[str, Any], clock: Any, save: Save) -> Non
             save()
 
 
+def _handoff(card: Any, results: dict[str, Any], clock: Any, save: Save) -> None:
+    for name, measure in card.handoff().items():
+        if name not in results:
+            clock.need(5)
+            results[name] = measure()
+            save()
+
+
 def cases(shape_name: str) -> list[tuple[str, str, int]]:
     """(contender, routing, tokens): what matters first. Skewed routing for a few sizes only."""
     out = []
@@ -85,6 +93,7 @@ PARTS = (
     Part("tests", "pytest -m gpu", 20, _tests),
     Part("sanitizer", "compute-sanitizer on small calls of every kernel", 20, _sanitizer),
     Part("ceilings", "copy, read and matrix rates of the card", 10, _ceilings),
+    Part("handoff", "asking the CPU in the middle of a layer", 10, _handoff),
     *(
         Part(f"layer:{name}", f"every kernel and peer on a layer of {name}", 20, _layer(name))
         for name in SHAPE_NAMES

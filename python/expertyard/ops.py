@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import KernelError
+from .errors import DeviceError, KernelError
 from .native import _C as _C  # registers the operator
 from .weights import PackedExperts
 
 _MARK = "expertyard: "  # how ops.cpp begins its messages
+_DEVICE = "device: "  # and goes on where a device is at fault
 
 
 def moe_experts(
@@ -58,11 +59,75 @@ def moe_experts_into(
         raise _translated(error) from None
 
 
-def _translated(error: RuntimeError) -> RuntimeError | KernelError:
+def moe_parts(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    experts: list[int],
+    lanes: list[int],
+    *,
+    timeout: float,
+    layer: int,
+    fp32: bool,
+) -> Tensor:
+    """The sum of several parts of one layer, all in this machine's memory, computed together.
+
+    experts  handles of PackedExperts
+    lanes    whose thread computes each: -1, the caller's; N >= 0, that of virtual GPU N
+    timeout  seconds for each lane
+    layer    its number, for messages
+    fp32     True: the sum as it is; else rounded once to hidden_states' dtype
+    Arguments and errors otherwise as moe_experts'; DeviceError for a lane that does not end in
+    time. The experts' memory must stay what it is until then, and after such an error for good.
+    """
+    try:
+        out: Tensor = torch.ops.expertyard.moe_parts(
+            hidden_states, topk_ids, topk_weights, experts, lanes, timeout, layer, fp32
+        )
+    except RuntimeError as error:
+        raise _translated(error) from None
+    return out
+
+
+def ask_cpu(
+    hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: PackedExperts, desk: int
+) -> Tensor:
+    """Queues a question of a GPU: the share of experts that are in RAM. All tensors are on the GPU.
+
+    desk  of _C.add_desk, for calls of this shape
+    Returns a ticket for collect_cpu(), which must be queued on the same stream before the next
+    question of the same desk. Raises DeviceError or KernelError: what went wrong with an earlier
+    question, whose result is NaN.
+    """
+    try:
+        ticket: Tensor = torch.ops.expertyard.ask_cpu(
+            hidden_states, topk_ids, topk_weights, experts.handle, desk
+        )
+    except RuntimeError as error:
+        raise _translated(error) from None
+    return ticket
+
+
+def collect_cpu(ticket: Tensor, share: Tensor, desk: int) -> Tensor:
+    """Queues the sum of the CPU's answer and `share`, rounded once to the question's dtype.
+
+    share  [num_tokens, hidden_size] float32 on the GPU, or without elements: there is none
+    """
+    try:
+        out: Tensor = torch.ops.expertyard.collect_cpu(ticket, share, desk)
+    except RuntimeError as error:
+        raise _translated(error) from None
+    return out
+
+
+def _translated(error: RuntimeError) -> RuntimeError | KernelError | DeviceError:
     """Our own sentence out of an error of the operator; anything else as it is."""
     if isinstance(error, KernelError) or _MARK not in str(error):
         return error
-    return KernelError(str(error).split(_MARK, 1)[1].split("\n", 1)[0])
+    sentence = str(error).split(_MARK, 1)[1].split("\n", 1)[0]
+    if sentence.startswith(_DEVICE):
+        return DeviceError(sentence.removeprefix(_DEVICE) + ".")
+    return KernelError(sentence)
 
 
 @torch.library.register_fake("expertyard::moe_experts_into")
@@ -70,6 +135,16 @@ def _fake_into(
     hidden_states: Any, topk_ids: Any, topk_weights: Any, experts: int, out: Any
 ) -> None:
     return None
+
+
+@torch.library.register_fake("expertyard::moe_parts")
+def _fake_parts(
+    hidden_states: Any, topk_ids: Any, topk_weights: Any, experts: Any, lanes: Any, timeout: float,
+    layer: int, fp32: bool,
+) -> Tensor:  # fmt: skip
+    dtype = torch.float32 if fp32 else hidden_states.dtype
+    out: Tensor = hidden_states.new_empty(hidden_states.shape, dtype=dtype)
+    return out
 
 
 @torch.library.register_fake("expertyard::moe_experts")

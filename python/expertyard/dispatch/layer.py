@@ -5,7 +5,8 @@
 
 where an expert adds to the sum of the part that has it. Each part's sum and the sum of parts are in
 float32 and rounded once, at home: where the layer's hidden states are. GPUs get their parts first;
-the caller then computes the CPU's part itself while they work.
+the caller then computes the CPU's part itself while they work. Parts in this machine's memory, the
+CPU's and those of virtual GPUs, are one native call (ops.moe_parts).
 """
 
 import itertools
@@ -13,7 +14,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ from torch import Tensor
 
 from .. import virtual
 from ..errors import DeviceError, KernelError, PlanError
-from ..ops import moe_experts, refuse_backward
+from ..native import _C
+from ..ops import moe_experts, moe_parts, refuse_backward
 from ..weights import Expert, PackedExperts
 from . import trace
 from .copies import bring, copy_expert, multiply, stream
+from .handoff import Desks
 from .lanes import Ticket, submit
 from .options import RunOptions
 from .placement import PartPlan, Placement, Prefill, split_rank
@@ -50,6 +53,8 @@ class Part:
         self.stream_from: int | None = None
         self.is_cpu = self.local == "cpu"
         self.is_virtual = virtual.gpu(self.local) is not None
+        # by our kernels in this machine's memory
+        self.is_ours_here = self.op != "torch" and (self.is_cpu or self.is_virtual)
 
     def plan(self) -> PartPlan:
         return PartPlan(
@@ -65,6 +70,7 @@ class LayerExperts:
     parts    none is empty; together they have every expert, unless other processes have some
     group    of the processes that have other experts, or None (see parallel.Group)
     after    called with (self, topk_ids) when a call is done: statistics and policies
+    desks    for hand-offs between a real GPU and the CPU; one object for all layers of a model
     next     the layer that adds what this one defers (RunOptions.defer), or None: nothing is
     """
 
@@ -84,6 +90,7 @@ class LayerExperts:
         self.parts = [Part(p, w) for p, w in zip(placement.parts, packed, strict=True)]
         self.group = group
         self.after: Callable[[LayerExperts, Tensor], None] | None = None
+        self.desks = Desks()
         self.next: LayerExperts | None = None
         self.defers_any = False  # also in calls of many tokens: to see what it does to a prompt
         self._late: Ticket | None = None  # the share of the layer before, still at work
@@ -104,9 +111,22 @@ class LayerExperts:
         part = self.parts[0] if plain else None
         self._plain = part.packed if part is not None and self._is_home(part) else None
         self._order = sorted(self.parts, key=lambda part: not part.is_cpu)
+        self._together = _Together(p for p in self._order if p.is_ours_here)
+        self._are_together = len(self._together.parts) == len(self.parts) > 0
+        self._asked = self._cpu_and_home()
         self._stream_from = min(
             (p.stream_from for p in self.parts if p.stream_from is not None), default=1 << 62
         )
+
+    def _cpu_and_home(self) -> tuple[Part, Part | None] | None:
+        """(the CPU's part, the part at home), if there is a CPU part and nothing else but these,
+        and our kernels run both."""
+        cpu = [part for part in self.parts if part.is_cpu]
+        rest = [part for part in self.parts if not part.is_cpu]
+        ours = all(part.op != "torch" and not part.is_virtual for part in self.parts)
+        if len(cpu) != 1 or len(rest) > 1 or not ours or not all(map(self._is_home, rest)):
+            return None
+        return cpu[0], rest[0] if rest else None
 
     def _is_home(self, part: Part) -> bool:
         return part.local == self._home_device
@@ -205,10 +225,11 @@ class LayerExperts:
     def _run_parts(
         self, hidden: Tensor, ids: Tensor, weights: Tensor, late: Ticket | None = None
     ) -> Tensor:
+        rounds = late is None and self.group is None  # nothing is added to the parts' sum
         while True:
             try:
                 total = (
-                    self._sum(hidden, ids, weights)
+                    self._sum(hidden, ids, weights, rounds)
                     if self.group is None
                     else self.group.run(self, self._sum, hidden, ids, weights)
                 )
@@ -219,23 +240,38 @@ class LayerExperts:
             share = late.wait(self.options.timeout, "a deferred share")
             if share.shape == total.shape:  # else of a step that was broken off
                 total = total.add_(bring(share, self.home).to(total.device))
-        out = total.to(hidden.dtype)
+        out = total if total.dtype == hidden.dtype else total.to(hidden.dtype)
         return virtual.mark(out, self.home) if self._virtual else out
 
-    def _sum(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """The parts' sum in float32, at home."""
+    def _sum(self, hidden: Tensor, ids: Tensor, weights: Tensor, may_round: bool = False) -> Tensor:
+        """The parts' sum in float32, at home; in hidden's dtype where it may be and that is less
+        work."""
         if self._virtual and (place := virtual.marked(hidden)) not in (None, self.home):
             raise DeviceError(
                 f"Layer {self.layer}: its hidden states were expected on {self.home}, but they are "
                 f"on {place}: a transfer was forgotten."
             )
         num_tokens = hidden.shape[0]
+        is_here = hidden.device.type == "cpu"
+        if not is_here and self._asks_cpu(num_tokens, may_round):
+            return self._ask_cpu(hidden, ids, weights)
+        if is_here and self._are_together and num_tokens < self._stream_from:
+            return self._run_together(self._together, hidden, ids, weights, may_round)
         begun: list[tuple[Part, Finish]] = []
+        ours: list[Part] = []
         # A copy to the CPU waits for what was queued before it, so it is queued first; what the
         # caller computes itself comes last.
         for part in self._order:
             streams = part.stream_from is not None and num_tokens >= part.stream_from
-            begun.append((part, self._begin(part, streams, hidden, ids, weights)))
+            if is_here and part.is_ours_here and not streams:
+                ours.append(part)
+            else:
+                begun.append((part, self._begin(part, streams, hidden, ids, weights)))
+        if ours:
+            together = _Together(ours)
+            begun.insert(
+                0, (ours[0], lambda: self._run_together(together, hidden, ids, weights, False))
+            )
         total: Tensor | None = None
         error: BaseException | None = None
         for part, finish in begun:  # the CPU first; every ticket is waited for, whatever happens
@@ -253,6 +289,59 @@ class LayerExperts:
         if total is None:  # all experts are in other processes
             return hidden.new_zeros(hidden.shape, dtype=torch.float32)
         return total
+
+    def _asks_cpu(self, num_tokens: int, may_round: bool) -> bool:
+        """Whether the GPU asks the CPU itself: always while a CUDA graph is captured, where no
+        thread of the host can wait for it."""
+        can = self._asked is not None and may_round and num_tokens < self._stream_from
+        if not torch.cuda.is_current_stream_capturing():
+            return can and self.options.handoff != "auto"
+        if not can and any(part.local != self._home_device for part in self.parts):
+            raise DeviceError(
+                f"Layer {self.layer}: a call of {num_tokens} tokens cannot be in a CUDA graph. "
+                "Its parts may be on its own GPU and the CPU, with no plain PyTorch, no other "
+                "processes, no deferral, and no weights that are brought for the call."
+            )
+        return can
+
+    def _ask_cpu(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The GPU asks, runs its own experts meanwhile, and adds the answer: all queued on its
+        stream. The sum, rounded once."""
+        assert self._asked is not None
+        cpu, home = self._asked
+        asked = self.desks.ask(hidden, ids, weights, cpu.packed, self.options)
+        share = None
+        if home is not None:
+            share = _work(
+                f"layer {self.layer}", home.packed, home.op, None, home.local, hidden, ids, weights
+            )
+        return asked.collect(share)
+
+    def check(self) -> None:
+        """Raises what went wrong in replays of CUDA graphs, or in earlier calls with
+        RunOptions.handoff "flag" or "host"; their results are NaN. Call torch.cuda.synchronize()
+        before to be sure of the answer."""
+        self.desks.check()
+        for part in self.parts:
+            part.packed.check()
+
+    def _run_together(
+        self, parts: "_Together", hidden: Tensor, ids: Tensor, weights: Tensor, may_round: bool
+    ) -> Tensor:
+        """The sum of parts in this machine's memory, which work at the same time."""
+        try:
+            out = moe_parts(
+                hidden, ids, weights, parts.handles, parts.lanes,
+                timeout=self.options.timeout, layer=self.layer, fp32=not may_round,
+            )  # fmt: skip
+        except DeviceError:
+            _abandoned.append(parts)  # a lane that was given up may still read them
+            raise
+        if (tracer := trace.active()) is not None:
+            for part, (_, begin, end) in zip(parts.parts, _C.last_spans(), strict=True):
+                name = f"layer {self.layer}"
+                tracer.add(name, part.local, begin, end, tokens=hidden.shape[0])
+        return virtual.mark(out, self.home) if self._virtual else out
 
     def _begin(
         self, part: Part, streams: bool, hidden: Tensor, ids: Tensor, weights: Tensor
@@ -314,6 +403,15 @@ class LayerExperts:
     def _make_room(self, error: "_NoRoomError") -> None:
         """Half of the part's experts go back to the CPU, if that is allowed; else the error."""
         part = error.part
+        if self.options.out_of_memory == "cpu" and part.prefill is not None and part.is_cpu:
+            part.stream_from = None
+            self._arrange()
+            warnings.warn(
+                f"Layer {self.layer}: {part.prefill.device} ran out of memory for weights that are "
+                "brought to it for calls of many tokens; from now on they stay on the CPU.",
+                stacklevel=2,
+            )
+            return
         ids = part.packed.here()
         size = sum(part.packed.expert_bytes(expert) for expert in ids)
         if self.options.out_of_memory != "cpu" or part.is_cpu:
@@ -386,6 +484,7 @@ class LayerExperts:
             self.placement, packed, layer=self.layer, options=self.options, group=self.group
         )
         twin.moved, twin._kept = dict(self.moved), dict(self._kept)
+        twin.desks = copy.deepcopy(self.desks, memo)
         return twin
 
     def __reduce__(self) -> Any:
@@ -396,6 +495,18 @@ class LayerExperts:
 
     def __repr__(self) -> str:
         return f"LayerExperts(layer {self.layer}: {self.placement}, home {self.home})"
+
+
+class _Together:
+    """Parts of one native call: handles of their experts, and whose lane (-1: the caller)."""
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self.parts = list(parts)
+        self.handles = [part.packed.handle for part in self.parts]
+        self.lanes = [-1 if part.is_cpu else int(part.local[5:]) for part in self.parts]
+
+
+_abandoned: list[_Together] = []
 
 
 class _NoRoomError(Exception):

@@ -37,6 +37,7 @@ class RunOptions:
     timeout: float = 60.0
     prefill_tokens: int = 32
     tokens: str = "same"
+    handoff: str = "auto"
     defer: int = 0
 
     def __post_init__(self) -> None:
@@ -46,6 +47,7 @@ class RunOptions:
         _one_of("policy", self.policy, POLICIES)
         _one_of("out_of_memory", self.out_of_memory, ("error", "cpu"))
         _one_of("tokens", self.tokens, ("same", "own"))
+        _one_of("handoff", self.handoff, ("auto", "flag", "host"))
         if (
             isinstance(self.timeout, bool)
             or not isinstance(self.timeout, int | float)

@@ -31,9 +31,10 @@ class Tracer:
     _gpu: list[tuple[str, str, Any, Any, dict[str, Any]]] = field(default_factory=list)
     _first: dict[str, tuple[Any, int]] = field(default_factory=dict)
 
-    def add(self, name: str, device: str, begin: int, **about: Any) -> None:
-        """A span on the host's clock that ends now."""
-        self.spans.append((name, device, begin, time.perf_counter_ns(), about))
+    def add(self, name: str, device: str, begin: int, end: int | None = None, **about: Any) -> None:
+        """A span on the host's clock. end None: now."""
+        end = time.perf_counter_ns() if end is None else end
+        self.spans.append((name, device, begin, end, about))
 
     def gpu_begin(self, device: str) -> Any:
         """An event on the device's current stream."""

@@ -69,7 +69,10 @@ def set_policy(model: Any, policy: str) -> None:
 
 
 def link(layers: list[LayerExperts]) -> None:
-    """Each layer's deferred share is added by the next one; the last one defers nothing."""
+    """The layers of one model share their hand-off buffers. Each layer's deferred share is added by
+    the next one; the last one defers nothing."""
+    for layer in layers:
+        layer.desks = layers[0].desks
     for layer, later in itertools.pairwise(layers):
         layer.next = later
 

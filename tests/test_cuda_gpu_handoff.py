@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On a real GPU (else skipped): a layer in parts on the GPU and the CPU, in CUDA graphs and outside
+them; errors and time-outs of the CPU's part surface as sentences."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import expertyard as ey
+from expertyard.dispatch import LayerExperts, PartPlan, Placement, RunOptions, spread
+from expertyard.errors import DeviceError, KernelError
+from expertyard.reference import moe_experts_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+E, H, INNER, TOP_K = 8, 256, 96, 3
+SPLIT = {"cuda:0": (0, 2, 5), "cpu": (1, 3, 4, 6, 7)}
+
+
+def weights(seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "gate_up": (torch.randn(E, 2 * INNER, H, generator=g) / H**0.5).bfloat16(),
+        "down": (torch.randn(E, H, INNER, generator=g) / INNER**0.5).bfloat16(),
+    }
+
+
+def layer(w: dict[str, Tensor], split: Any = SPLIT, **options: Any) -> LayerExperts:
+    parts = tuple(
+        PartPlan(ids, device, "bf16", device.partition(":")[0], "test")
+        for device, ids in split.items()
+    )
+    made = spread(ey.PackedExperts.from_tensors(**w), [(p.ids, p.device) for p in parts])
+    return LayerExperts(Placement("cuda:0", parts), made, layer=3, options=RunOptions(**options))
+
+
+def inputs(tokens: int, ids_type: torch.dtype = torch.int64) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(tokens, H, device="cuda").bfloat16()
+    ids = torch.randint(0, E, (tokens, TOP_K), device="cuda").to(ids_type)
+    return x, ids, torch.rand(tokens, TOP_K, device="cuda")
+
+
+def refill(x: Tensor, ids: Tensor, topk_weights: Tensor) -> None:
+    x.normal_()
+    ids.random_(0, E)
+    topk_weights.uniform_()
+
+
+def assert_right(out: Tensor, call: tuple[Tensor, Tensor, Tensor], w: dict[str, Tensor]) -> None:
+    there = {name: t.cuda() for name, t in w.items()}
+    expected = moe_experts_reference(*call, **there)
+    allowed = 2.0**-8 * (expected.abs() + 6 * expected.abs().mean()) + 1e-6
+    assert ((out.double() - expected).abs() / allowed).max() <= 1
+
+
+@pytest.mark.parametrize("handoff", ["auto", "flag", "host"])
+@pytest.mark.parametrize("split", [SPLIT, {"cpu": tuple(range(8))}], ids=["two parts", "CPU only"])
+@pytest.mark.parametrize("tokens", [1, 7, 30])
+def test_outside_graphs(handoff: str, split: Any, tokens: int) -> None:
+    w = weights()
+    experts = layer(w, split, handoff=handoff)
+    for ids_type in (torch.int32, torch.int64):
+        call = inputs(tokens, ids_type)
+        with torch.inference_mode():
+            assert_right(experts(*call), call, w)
+    experts.check()
+
+
+@pytest.mark.parametrize("handoff", ["auto", "host"])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_a_hundred_replays(handoff: str, tokens: int) -> None:
+    """Two layers in one graph, that share their buffers."""
+    first, second = weights(0), weights(1)
+    a, b = layer(first, handoff=handoff), layer(second, handoff=handoff)
+    b.desks = a.desks
+    x, ids, topk_weights = inputs(tokens)
+    with torch.inference_mode():
+        a(x, ids, topk_weights)  # warm up
+        b(x, ids, topk_weights)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            middle = a(x, ids, topk_weights)
+            out = b(middle, ids, topk_weights)
+        for _ in range(100):
+            refill(x, ids, topk_weights)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert_right(middle, (x, ids, topk_weights), first)
+            assert_right(out, (middle, ids, topk_weights), second)
+    a.check()
+
+
+def test_replays_without_a_pause_agree_to_the_bit() -> None:
+    w = weights()
+    experts = layer(w)
+    call = inputs(4)
+    with torch.inference_mode():
+        experts(*call)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = experts(*call)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = out.clone()
+        for _ in range(100):
+            graph.replay()
+        torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+    experts.check()
+
+
+def test_a_moved_expert_is_seen_by_a_graph() -> None:
+    w = weights()
+    experts = layer(w)
+    call = inputs(5)
+    with torch.inference_mode():
+        experts(*call)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = experts(*call)
+        experts.move(0, "cpu")
+        experts.move(7, "cuda:0")
+        graph.replay()
+        torch.cuda.synchronize()
+    assert_right(out, call, w)
+
+
+def test_a_bad_id_is_a_sentence_of_a_later_check() -> None:
+    experts = layer(weights(), {"cpu": tuple(range(8))})
+    x, ids, topk_weights = inputs(2)
+    with torch.inference_mode():
+        experts(x, ids, topk_weights)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = experts(x, ids, topk_weights)
+        ids[1, 2] = 99
+        graph.replay()
+        torch.cuda.synchronize()
+        assert out.isnan().all()
+        with pytest.raises(KernelError, match=r"topk_ids\[1, 2\] is 99"):
+            experts.check()
+        ids[1, 2] = 3
+        graph.replay()
+        torch.cuda.synchronize()
+    assert not out.isnan().any()
+    experts.check()
+
+
+def test_a_cpu_that_is_too_slow_is_a_time_out() -> None:
+    """Within a microsecond nobody answers; afterwards the box is taken up again."""
+    experts = layer(weights(), handoff="flag", timeout=1e-6)
+    call = inputs(30)
+    with torch.inference_mode():
+        out = experts(*call)
+        torch.cuda.synchronize()
+        assert out.isnan().all()
+        with pytest.raises(DeviceError, match="did not finish within 1e-06 s"):
+            experts.check()
+
+
+def test_what_cannot_be_captured_is_a_sentence() -> None:
+    experts = layer(weights(), prefill_tokens=1, defer=0)
+    for part in experts.parts:
+        part.stream_from = 1 if part.is_cpu else None
+    experts._arrange()
+    call = inputs(4)
+    with (
+        torch.inference_mode(),
+        pytest.raises(DeviceError, match="cannot be in a CUDA graph"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        experts(*call)
