@@ -84,8 +84,8 @@ class _TwiceError(ValueError):
 def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        raise _TwiceError(repr(next(key for key, _ in pairs if key in seen or seen.add(key))))
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(repr(next(key for at, key in enumerate(keys) if key in keys[:at])))
     return found
 
 
