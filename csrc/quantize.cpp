@@ -143,10 +143,12 @@ struct Group {
         sums[part] += (value - exact) * (value - exact);
       }
     }
-    float lanes[kWidth], sum = 0;
+    float lanes[kWidth];
     std::memcpy(lanes, sums, sizeof lanes);
-    for (const float lane : lanes) sum += lane;
-    return sum;
+    for (int half = kWidth / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    }
+    return lanes[0];
   }
 };
 
