@@ -5,14 +5,16 @@
 
 Each way loads in a process of its own, twice: the first fills the page cache, the second counts.
 Every model then computes one token, so that a load that puts work off is seen; its logits are
-compared. `expertyard pack` runs once, before them; it writes its result and its hashes to the disk. Peaks are of anonymous memory, over what the process had after its imports; mapped files
-are not in them, since they can be dropped and are shared.
+compared. `expertyard pack` runs once, before them, and writes its result and the hashes to the
+disk. Peaks are of anonymous memory, over what the process had after its imports; mapped files are
+not in them, since they can be dropped and are shared.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -135,6 +137,7 @@ def main() -> None:
 def compare(base: Path, layers: int, format: str) -> None:
     plain, packed = base / "plain", base / "packed"
     write(plain, layers)
+    os.sync()  # else packing would wait for the disk to write this
     size = layers * LAYER_BYTES / 2**30
     print(f"checkpoint: {layers} layers of {EXPERTS} experts, {size:.2f} GiB of experts in bf16")
     found = measure("pack", plain, format, packed)

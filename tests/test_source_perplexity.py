@@ -68,12 +68,23 @@ def write_safetensors(folder, layout):
         tensors = load_file(tiny_moe() / "model.safetensors")
         save_file(fused(tensors), source / "model.safetensors", metadata={"format": "pt"})
     truth = writers.requantise(source, folder, layout)
+    if layout == "mxfp4":
+        turn_round(truth / "model.safetensors")
     return folder, load(truth)
 
 
+def turn_round(file):
+    tensors = load_file(file)
+    turned = {
+        name: t.transpose(1, 2).contiguous() if ".experts." in name else t
+        for name, t in tensors.items()
+    }
+    save_file(turned, file, metadata={"format": "pt"})
+
+
 def fused(tensors):
-    """gate_up_proj [E, 2I, H] and down_proj [E, H, I], turned round as gpt-oss has them: so
-    requantise() expects them, and turns them back."""
+    """gate_up_proj [E, 2I, H] and down_proj [E, H, I], turned round: requantise() takes them as
+    gpt-oss has them, and the layout on disk is [E, out, in] again."""
     made = {name: t for name, t in tensors.items() if ".experts." not in name}
     for layer in sorted({name.partition(".mlp")[0] for name in tensors if ".experts." in name}):
         stem = f"{layer}.mlp.experts"
