@@ -11,13 +11,15 @@ PACKAGES = 'setuptools>=77,<82' wheel 'pybind11>=2.13' 'cmake>=3.26' ninja \
   'pytest>=8' 'pytest-benchmark>=5' 'hypothesis>=6'
 MODULES = setuptools pybind11 numpy safetensors yaml rich transformers
 test: MODULES += accelerate pytest pytest_benchmark hypothesis
+# what people write checkpoints with, for tests that read such files; without them these are skipped
+WRITERS = 'gguf>=0.10' 'compressed-tensors>=0.10'
 
 # $(call lacks,interpreter,modules): succeeds if one of the modules is not there
 lacks = ! $(1) -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in sys.argv[1:]))' $(2) 2>/dev/null
 PY := $(shell $(call lacks,$(PYTHON),torch) && echo .venv/bin/python || echo $(PYTHON))
 pip = $(PY) -m pip install -q --disable-pip-version-check
 
-.PHONY: deps build run test
+.PHONY: deps writers build run test
 .venv/bin/python:
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
@@ -27,6 +29,13 @@ deps: $(filter .venv/bin/python,$(PY))
 	@if $(call lacks,$(PY),$(MODULES)); then \
 	  echo "Installing what is missing for $(PY) ..."; $(pip) $(PACKAGES); fi
 
+# torch is named so that no other one takes its place
+writers: deps
+	@if $(call lacks,$(PY),gguf compressed_tensors); then \
+	  echo "Installing $(WRITERS) for $(PY) ..."; \
+	  $(pip) $(WRITERS) "torch==$$($(PY) -c 'import torch; print(torch.__version__)')" \
+	  || echo "They cannot be installed; the tests of their files will be skipped."; fi
+
 build: deps
 	@ls python/expertyard/_C.*.so >/dev/null 2>&1 \
 	  || echo "Building the kernels (a minute or two, once) ..."
@@ -35,5 +44,5 @@ build: deps
 run: build
 	@PYTHONPATH=python $(PY) -m expertyard run $(ARGS)
 
-test: build
+test: writers build
 	@PYTHONPATH=python $(PY) -m pytest $(ARGS)

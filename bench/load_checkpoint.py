@@ -5,14 +5,16 @@
 
 Each way loads in a process of its own, twice: the first fills the page cache, the second counts.
 Every model then computes one token, so that a load that puts work off is seen; its logits are
-compared. Peaks are of anonymous memory, over what the process had after its imports; mapped files
-are not in them, since they can be dropped and are shared.
+compared. `expertyard pack` runs once, before them, and writes its result and the hashes to the
+disk. Peaks are of anonymous memory, over what the process had after its imports; mapped files are
+not in them, since they can be dropped and are shared.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -32,7 +34,7 @@ def anonymous():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
 
-way, folder, format = sys.argv[1:]
+way, folder, format, out = sys.argv[1:]
 torch.ones(8, 8) @ torch.ones(8, 8)
 before, peak, running = anonymous(), 0, True
 
@@ -45,16 +47,20 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 begin = time.perf_counter()
-if way == "transformers":
+if way == "pack":
+    from expertyard.hf.pack import pack
+    pack(folder, out, format)
+elif way == "transformers":
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 elif format == "bf16":
     model = ey.from_pretrained(folder)
 else:
     model = ey.from_pretrained(folder, **({} if way == "packed" else {"format": format}))
 loaded = time.perf_counter()
-ids = torch.tensor([[1, 2, 3]])
-with torch.no_grad():
-    logits = model(ids).logits[0, -1].float()
+logits = torch.zeros(0)
+if way != "pack":
+    with torch.no_grad():
+        logits = model(torch.tensor([[1, 2, 3]])).logits[0, -1].float()
 first = time.perf_counter()
 running = False
 watcher.join()
@@ -105,11 +111,10 @@ def write(folder: Path, layers: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def measure(way: str, folder: Path, format: str) -> dict[str, float]:
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", CHILD, way, str(folder), format], capture_output=True, text=True
-        )
+def measure(way: str, folder: Path, format: str, out: Path | None = None) -> dict[str, float]:
+    command = [sys.executable, "-c", CHILD, way, str(folder), format, str(out)]
+    for _ in range(1 if way == "pack" else 2):
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{way}, {format}:\n{done.stderr[-2000:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -130,19 +135,24 @@ def main() -> None:
 
 
 def compare(base: Path, layers: int, format: str) -> None:
-    from expertyard.hf.pack import pack
-
     plain, packed = base / "plain", base / "packed"
     write(plain, layers)
-    pack(plain, packed, format)
+    os.sync()  # else packing would wait for the disk to write this
+    size = layers * LAYER_BYTES / 2**30
+    print(f"checkpoint: {layers} layers of {EXPERTS} experts, {size:.2f} GiB of experts in bf16")
+    found = measure("pack", plain, format, packed)
+    speed = size / found["load_s"]
+    print(
+        f"expertyard pack --format {format}: {found['load_s']:.2f} s, {speed:.2f} GiB/s, peak "
+        f"{found['peak'] / 2**30:.2f} GiB",
+        flush=True,
+    )
     ways = [
         ("transformers, bf16", "transformers", plain, "bf16"),
         ("expertyard, bf16 in place", "expertyard", plain, "bf16"),
         (f"expertyard, {format} while loading", "expertyard", plain, format),
         (f"expertyard, {format} packed before", "packed", packed, format),
     ]
-    size = layers * LAYER_BYTES / 2**30
-    print(f"checkpoint: {layers} layers of {EXPERTS} experts, {size:.2f} GiB of experts in bf16")
     print("| | load, s | first forward, s | peak, GiB | afterwards, GiB | logits off by |")
     print("|--|--:|--:|--:|--:|--:|")
     reference: list[float] = []

@@ -19,6 +19,7 @@
 #include "handoff/lane.h"
 #include "handoff/spans.h"
 #include "packing.h"
+#include "quantize.h"
 #include "registry.h"
 
 namespace py = pybind11;
@@ -144,6 +145,50 @@ void pack_blob(const std::string& format, const std::string& scale_type, int64_t
                     reinterpret_cast<char*>(out));
 }
 
+ey::DType parse_dtype(const std::string& name) {
+  return parse<ey::DType>(
+      name,
+      {{"bfloat16", ey::DType::kBF16}, {"float16", ey::DType::kF16}, {"float32", ey::DType::kF32}});
+}
+
+using PlainMatrix =
+    std::tuple<uintptr_t, std::string, int64_t>;  // address, dtype, row stride, bytes
+
+ey::PlainRows plain_rows(const PlainMatrix& matrix) {
+  const auto& [data, dtype, stride] = matrix;
+  return {reinterpret_cast<const char*>(data), parse_dtype(dtype), stride};
+}
+
+ey::BlockShape codes_shape(const std::string& format, const std::string& scale_type,
+                           int64_t group_size, bool zeros, int64_t k) {
+  if (format == "bf16") throw py::value_error("bf16 has no codes");
+  return block_shape(format, scale_type, group_size, zeros, k);
+}
+
+// to: addresses of codes [rows, k], scales and zeros [rows, groups].
+void quantize_rows(const std::string& format, const std::string& scale_type, int64_t group_size,
+                   bool zeros, bool search, int64_t rows, int64_t k, const PlainMatrix& source,
+                   const std::array<uintptr_t, 3>& to) {
+  const ey::BlockShape shape = codes_shape(format, scale_type, group_size, zeros, k);
+  const ey::PlainRows from = plain_rows(source);
+  const py::gil_scoped_release others_may_run;
+  throw_unless(ey::quantize_rows(shape, from, rows, search, reinterpret_cast<uint8_t*>(to[0]),
+                                 reinterpret_cast<char*>(to[1]), reinterpret_cast<char*>(to[2])));
+}
+
+// Like pack_blob, from plain weights: gate and up for w13, one matrix for w2.
+void quantize_blob(const std::string& format, const std::string& scale_type, int64_t group_size,
+                   bool zeros, bool search, int64_t rows, int64_t k,
+                   const std::vector<PlainMatrix>& sources, uintptr_t out) {
+  const ey::BlockShape shape = codes_shape(format, scale_type, group_size, zeros, k);
+  if (sources.size() != 1 && sources.size() != 2) throw py::value_error("one matrix, or two");
+  std::vector<ey::PlainRows> from;
+  for (const auto& source : sources) from.push_back(plain_rows(source));
+  const py::gil_scoped_release others_may_run;
+  throw_unless(ey::quantize_blob(shape, rows, from.data(), static_cast<int>(from.size()), search,
+                                 reinterpret_cast<char*>(out)));
+}
+
 const ey::cpu::Kernel& kernel_called(const std::string& name) {
   for (const ey::cpu::Kernel* k : ey::kernels()) {
     if (name != ey::name_of(*k)) continue;
@@ -151,12 +196,6 @@ const ey::cpu::Kernel& kernel_called(const std::string& name) {
     return *k;
   }
   throw py::value_error("no kernel is called '" + name + "'");
-}
-
-ey::DType parse_dtype(const std::string& name) {
-  return parse<ey::DType>(
-      name,
-      {{"bfloat16", ey::DType::kBF16}, {"float16", ey::DType::kF16}, {"float32", ey::DType::kF32}});
 }
 
 std::string kernel_name(const std::string& format, const std::string& hidden_dtype,
@@ -369,6 +408,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("zeros"), py::arg("hidden_size"), py::arg("intermediate_size"));
   m.def("pack_blob", &pack_blob, py::arg("format"), py::arg("scale_type"), py::arg("group_size"),
         py::arg("zeros"), py::arg("rows"), py::arg("k"), py::arg("sources"), py::arg("out"));
+  m.def("quantize_rows", &quantize_rows, py::arg("format"), py::arg("scale_type"),
+        py::arg("group_size"), py::arg("zeros"), py::arg("search"), py::arg("rows"), py::arg("k"),
+        py::arg("source"), py::arg("to"));
+  m.def("quantize_blob", &quantize_blob, py::arg("format"), py::arg("scale_type"),
+        py::arg("group_size"), py::arg("zeros"), py::arg("search"), py::arg("rows"), py::arg("k"),
+        py::arg("sources"), py::arg("out"));
   m.def(
       "advise_huge_pages",
       [](uintptr_t memory, size_t bytes) {  // advice: failure costs speed only

@@ -14,6 +14,15 @@ uint8_t zero_code(Format f) { return f == Format::kInt8 ? 128 : f == Format::kIn
 uint32_t dword_of(Format format, const char* codes, int64_t available, uint8_t zero) {
   uint8_t bytes[8];
   uint32_t out;
+  if (step_k(format) == 4 && available >= 4) {
+    std::memcpy(&out, codes, sizeof out);
+    return out;
+  }
+  if (step_k(format) == 8 && available >= 8) {
+    uint64_t nibbles;
+    std::memcpy(&nibbles, codes, sizeof nibbles);
+    return static_cast<uint32_t>(nibbles | nibbles >> 28);
+  }
   if (format == Format::kBf16) {
     std::memset(bytes, 0, sizeof bytes);
     std::memcpy(bytes, codes, std::min<int64_t>(available, 2) * 2);
@@ -34,15 +43,25 @@ void pack_steps(const BlockShape& shape, const LaneRows& set, int64_t begin, int
   const int k_step = step_k(shape.format);
   const int64_t size = shape.format == Format::kBf16 ? 2 : 1;
   const uint8_t zero = zero_code(shape.format);
-  for (int row = 0; row < kLaneSet; ++row) {
-    const char* codes = set.codes + row * set.code_stride;
-    for (int64_t k = begin; k < end; k += k_step) {
-      const int64_t available = row < set.num_rows ? std::max<int64_t>(shape.k - k, 0) : 0;
-      const uint32_t dword =
-          available >= k_step && k_step == 8
-              ? dword_of(shape.format, codes + k * size, 8, zero)
-              : dword_of(shape.format, available ? codes + k * size : codes, available, zero);
-      std::memcpy(out + (k - begin) / k_step * kStepBytes + row * 4, &dword, sizeof dword);
+  // a tile of steps stays in the first cache while all rows write their dwords into it
+  const int64_t tile = 64 * k_step;
+  for (int64_t from = begin; from < end; from += tile) {
+    const int64_t to = std::min(from + tile, end);
+    for (int row = 0; row < kLaneSet; ++row) {
+      const char* codes = set.codes + row * set.code_stride;
+      const int64_t all = row < set.num_rows ? shape.k : 0;
+      char* dwords = out + (from - begin) / k_step * kStepBytes + row * 4;
+      int64_t k = from;
+      for (; k + k_step <= std::min(all, to); k += k_step, dwords += kStepBytes) {
+        const uint32_t dword = dword_of(shape.format, codes + k * size, k_step, zero);
+        std::memcpy(dwords, &dword, sizeof dword);
+      }
+      for (; k < to; k += k_step, dwords += kStepBytes) {
+        const int64_t available = std::max<int64_t>(all - k, 0);
+        const uint32_t dword =
+            dword_of(shape.format, available ? codes + k * size : codes, available, zero);
+        std::memcpy(dwords, &dword, sizeof dword);
+      }
     }
   }
 }

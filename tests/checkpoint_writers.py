@@ -183,6 +183,8 @@ QUANT_CONFIGS: dict[str, dict[str, Any]] = {
         "version": "gemm",
     },
     "compressed-tensors": compressed_config(32),
+    "compressed-tensors-g64": compressed_config(64),
+    "compressed-tensors-g128": compressed_config(128),
     "int8": {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
@@ -198,6 +200,11 @@ LAYOUTS: dict[str, Any] = {
     "awq": awq,
     "compressed-tensors": compressed,
     "int8": int8_channel,
+}
+# the same layouts with other groups: for perplexities, not for every test
+MORE_LAYOUTS: dict[str, Any] = {
+    "compressed-tensors-g64": lambda w: compressed(w, 64),
+    "compressed-tensors-g128": lambda w: compressed(w, 128),
 }
 FORMATS = {
     "fp8": "fp8",
@@ -233,7 +240,7 @@ def requantise(folder: Path, out: Path, layout: str, dense: bool = False) -> Pat
             truth[key] = exact.transpose(1, 2).float()
             stored |= {key + suffix: part for suffix, part in parts.items()}
         elif layout != "mxfp4" and (expert or attention):
-            parts, exact = LAYOUTS[layout](value.float())
+            parts, exact = {**LAYOUTS, **MORE_LAYOUTS}[layout](value.float())
             truth[key] = exact.float()
             stored |= {key.removesuffix("weight") + name: part for name, part in parts.items()}
         else:

@@ -2,8 +2,9 @@
 """Writes tiny GGUF models with the `gguf` package, which is llama.cpp's own writer. Not a test
 itself.
 
-The package quantises the plain types. Q4_K is quantised here, by its public description; blocks of
-Q5_K and Q6_K get random codes and scales. The package's own dequantiser says what they all mean.
+The package quantises the plain types. K types are quantised here, by their public description;
+blocks of Q5_K and Q6_K get random codes and scales where every bit must count. The package's own
+dequantiser says what they all mean.
 """
 
 from pathlib import Path
@@ -17,24 +18,51 @@ PLAIN = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 K_TYPES = ("Q4_K", "Q5_K", "Q6_K")
 
 
-def q4_k(values: np.ndarray) -> np.ndarray:
-    """Superblocks of 256: fp16 d and dmin, eight 6-bit scales and minima in 12 bytes, nibbles."""
+def with_minima(values: np.ndarray, top: int) -> np.ndarray:
+    """Q4_K (codes up to 15) and Q5_K (31). Superblocks of 256: fp16 d and dmin, eight 6-bit scales
+    and minima in 12 bytes, for Q5_K the fifth bits (bit g of byte l: weight l of group g), nibbles.
+    """
     groups = values.reshape(*values.shape[:-1], -1, 8, 32)
     low = np.minimum(groups.min(-1), 0)
-    step = (groups.max(-1) - low) / 15
+    step = (groups.max(-1) - low) / top
     d, dmin = (x.max(-1, keepdims=True).astype(np.float16) for x in (step / 63, -low / 63))
     wide, wide_min = d.astype(np.float32), dmin.astype(np.float32)
     scale = np.rint(step / np.where(wide > 0, wide, 1)).clip(0, 63).astype(np.uint8)
     least = np.rint(-low / np.where(wide_min > 0, wide_min, 1)).clip(0, 63).astype(np.uint8)
     size = (wide * scale)[..., None]
     codes = np.rint((groups + (wide_min * least)[..., None]) / np.where(size > 0, size, 1))
-    codes = codes.clip(0, 15).astype(np.uint8)
+    codes = codes.clip(0, top).astype(np.uint8)
     packed = np.zeros((*scale.shape[:-1], 12), dtype=np.uint8)
     packed[..., :4] = scale[..., :4] | (scale[..., 4:] >> 4 << 6)
     packed[..., 4:8] = least[..., :4] | (least[..., 4:] >> 4 << 6)
     packed[..., 8:] = (scale[..., 4:] & 15) | ((least[..., 4:] & 15) << 4)
-    nibbles = (codes[..., 0::2, :] | (codes[..., 1::2, :] << 4)).reshape(*scale.shape[:-1], 128)
-    parts = [d.view(np.uint8), dmin.view(np.uint8), packed, nibbles]
+    low_bits = codes & 15
+    nibbles = (low_bits[..., 0::2, :] | (low_bits[..., 1::2, :] << 4)).reshape(
+        *scale.shape[:-1], 128
+    )
+    places = np.arange(8, dtype=np.uint8)[:, None]
+    fifth = [((codes >> 4) << places).sum(-2).astype(np.uint8)] if top == 31 else []
+    parts = [d.view(np.uint8), dmin.view(np.uint8), packed, *fifth, nibbles]
+    return np.concatenate(parts, axis=-1).reshape(*values.shape[:-1], -1)
+
+
+def q6_k(values: np.ndarray) -> np.ndarray:
+    """Superblocks of 256, w = d * scale * (code - 32): the codes' low nibbles, their two high bits,
+    sixteen int8 scales, fp16 d. Each half of 128 is four runs of 32 side by side."""
+    groups = values.reshape(*values.shape[:-1], -1, 16, 16)
+    step = np.abs(groups).max(-1) / 31
+    d = (step.max(-1, keepdims=True) / 127).astype(np.float16)
+    wide = d.astype(np.float32)
+    scale = np.rint(step / np.where(wide > 0, wide, 1)).clip(0, 127).astype(np.int8)
+    size = (wide * scale)[..., None]
+    codes = np.rint(groups / np.where(size > 0, size, 1)).clip(-32, 31) + 32
+    runs = codes.astype(np.uint8).reshape(*scale.shape[:-1], 2, 4, 32)
+    low = np.concatenate(
+        [(runs[..., i, :] & 15) | ((runs[..., i + 2, :] & 15) << 4) for i in (0, 1)], axis=-1
+    )
+    high = sum((runs[..., i, :] >> 4) << (2 * i) for i in range(4)).astype(np.uint8)
+    flat = [x.reshape(*scale.shape[:-1], -1) for x in (low, high)]
+    parts = [*flat, scale.view(np.uint8), d.view(np.uint8)]
     return np.concatenate(parts, axis=-1).reshape(*values.shape[:-1], -1)
 
 
@@ -42,12 +70,24 @@ def q4_k(values: np.ndarray) -> np.ndarray:
 _SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 
 
-def encode(values: np.ndarray, type_name: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(raw data, the float32 values that it stands for). A K type keeps only the values' size."""
+QUANTISERS = {
+    "Q4_K": lambda values: with_minima(values, 15),
+    "Q5_K": lambda values: with_minima(values, 31),
+    "Q6_K": q6_k,
+}
+
+
+def encode(
+    values: np.ndarray, type_name: str, seed: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(raw data, the float32 values that it stands for).
+
+    seed  of Q5_K, Q6_K: random codes and scales, which use every bit; only the values' size is kept
+    """
     kind = Type[type_name]
     values = np.ascontiguousarray(values, dtype=np.float32)
-    if type_name == "Q4_K":
-        raw = q4_k(values)
+    if type_name in QUANTISERS and (seed is None or type_name == "Q4_K"):
+        raw = QUANTISERS[type_name](values)
     elif type_name in K_TYPES:
         weights, width = gguf.GGML_QUANT_SIZES[kind]
         rng = np.random.default_rng(seed)
@@ -82,11 +122,17 @@ OUTSIDE = {
 
 
 def write_qwen3_moe(
-    model: Any, path: Path, experts: str = "Q8_0", dense: str = "F32", down: str | None = None
+    model: Any,
+    path: Path,
+    experts: str = "Q8_0",
+    dense: str = "F32",
+    down: str | None = None,
+    random: bool = True,
 ) -> None:
     """Writes a Qwen3-MoE model; its own parameters become the numbers that the file holds.
 
     experts, dense  types; down: of the down projections, where it is another
+    random          blocks of Q5_K and Q6_K are random ones (see encode)
     """
     config = model.config
     writer = gguf.GGUFWriter(path, "qwen3moe")
@@ -105,7 +151,7 @@ def write_qwen3_moe(
     writer.add_vocab_size(config.vocab_size)
 
     def add(name: str, values: Any, kind: str, seed: int = 0) -> np.ndarray:
-        raw, meant = encode(values.numpy(), kind, seed)
+        raw, meant = encode(values.numpy(), kind, seed if random else None)
         writer.add_tensor(name, raw, raw_dtype=Type[kind])
         return meant
 

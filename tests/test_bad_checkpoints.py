@@ -230,3 +230,63 @@ def test_what_is_no_gguf_is_named(tmp_path, content):
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(LoadError, match=r"x\.gguf: "):
         GgufCheckpoint([tmp_path / "x.gguf"])
+
+
+def sparse_gguf(path, pairs, body, size):
+    """A file that claims to be large, and is: with a hole."""
+    gguf(path, tensors=0, pairs=pairs, body=body)
+    with path.open("r+b") as file:
+        file.truncate(size)
+    return path
+
+
+KEY = struct.pack("<Q", 1) + b"k"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        KEY + struct.pack("<IIQ", 9, 8, 1 << 34),  # 2^34 empty strings
+        KEY + struct.pack("<IIQ", 9, 9, 1 << 33),  # 2^33 empty arrays
+        KEY + struct.pack("<IQ", 8, 1 << 36),  # one string of 64 GiB
+    ],
+    ids=["strings", "arrays", "text"],
+)
+def test_absurd_counts_that_the_file_could_hold_are_refused_at_once(tmp_path, body):
+    path = sparse_gguf(tmp_path / "x.gguf", 1, body, 1 << 38)
+    with pytest.raises(LoadError, match=r"x\.gguf: "):
+        GgufCheckpoint([path])
+
+
+def test_a_gguf_tensor_of_no_size_is_named(tmp_path):
+    info = struct.pack("<Q", 1) + b"t" + struct.pack("<IQQIQ", 2, 32, 0, 0, 0)
+    with pytest.raises(LoadError, match="tensor 't': has a size of 0"):
+        GgufCheckpoint([gguf(tmp_path / "x.gguf", body=info + bytes(64))])
+
+
+def raw_file(path, header, data=b""):
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    return path
+
+
+def test_a_name_that_a_header_has_twice_is_named(tmp_path):
+    entry = b'"w":{"dtype":"U8","shape":[1],"data_offsets":[%d,%d]}'
+    header = b"{" + entry % (0, 1) + b"," + entry % (1, 2) + b"}"
+    with pytest.raises(LoadError, match=r"m\.safetensors: the header names 'w' twice"):
+        Checkpoint([raw_file(tmp_path / "m.safetensors", header, b"ab")])
+
+
+def test_a_name_that_an_index_has_twice_is_named(folder):
+    index = folder / "model.safetensors.index.json"
+    text = index.read_text().replace('"weight_map": {', '"weight_map": {"x": "a", "x": "b", ')
+    index.write_text(text)
+    message = refused(folder)
+    assert str(index) in message and "names 'x' twice" in message
+
+
+@pytest.mark.parametrize("shape", ["[" + "2," * 100000 + "0]", "[" + "9" * 4000 + "]"])
+def test_a_shape_that_no_tensor_has_is_refused_at_once(tmp_path, shape):
+    header = b'{"w":{"dtype":"U8","shape":%s,"data_offsets":[0,0]}}' % shape.encode()
+    with pytest.raises(LoadError, match="tensor 'w': shape: expected") as caught:
+        Checkpoint([raw_file(tmp_path / "m.safetensors", header)])
+    assert len(str(caught.value)) < 1000

@@ -10,7 +10,12 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+)
 
 import expertyard as ey
 from expertyard.errors import KernelError
@@ -29,7 +34,25 @@ SMALL = {
     "shared_intermediate_size": 32, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
     "mlp_only_layers": [],
 }  # fmt: skip
+SMALL_VISION = {
+    "hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_hidden_layers": 1, "num_heads": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "out_hidden_size": 64,
+    "deepstack_visual_indexes": [0],
+}  # fmt: skip
 OWN = {
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0},
+    "gemma4_text": {
+        "enable_moe_block": True, "top_k_experts": 2, "num_experts": 4, "global_head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0, "hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "moe_intermediate_size": 40,
+    },
+    "qwen3_vl_moe": {"text_config": {}, "vision_config": {}},
+    "glm4v_moe": {"text_config": {}, "vision_config": {}},
+    "qwen3_5_moe": {"text_config": {}, "vision_config": {}},
+    "mistral4": {"text_config": {}, "vision_config": {}},
+    "aria": {"text_config": {}, "vision_config": {}},
+    "llama4": {"text_config": {"intermediate_size_mlp": 48}, "vision_config": {}},
     "llama4_text": {"intermediate_size_mlp": 48, "num_experts_per_tok": 2},
     "longcat_flash": {
         "expert_ffn_hidden_size": 40, "ffn_hidden_size": 48, "zero_expert_num": 2, "num_layers": 1,
@@ -53,10 +76,29 @@ def tiny(family):
         base = AutoConfig.for_model(family)
     except ValueError:
         pytest.skip(f"this transformers has no {family}")
-    sizes = {key: value for key, value in SMALL.items() if hasattr(base, key)}
-    if hasattr(base, "qk_rope_head_dim"):  # latent attention: one rotary part for all heads
+    parts = {
+        name: {**shrunk(part, SMALL if name == "text_config" else SMALL_VISION), **changes}
+        for name, changes in OWN.get(family, {}).items()
+        if isinstance(part := getattr(base, name, None), PretrainedConfig)
+    }
+    return AutoConfig.for_model(family, **{**shrunk(base, SMALL), **OWN.get(family, {}), **parts})
+
+
+def shrunk(base, small):
+    """What of the small sizes the config has, in one number for all layers."""
+    own = base.to_dict()
+    sizes = {key: value for key, value in small.items() if key in own}
+    if "qk_rope_head_dim" in own:  # latent attention: one rotary part for all heads
         sizes |= {"head_dim": 8, "num_key_value_heads": 4}
-    return AutoConfig.for_model(family, **{**sizes, **OWN.get(family, {})})
+    return sizes
+
+
+def model_of(config, **options):
+    """A language model, alone or behind a vision tower."""
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto.from_config(config, **options)
+    raise AssertionError(f"transformers has no model for {type(config).__name__}")
 
 
 def randomise(model):

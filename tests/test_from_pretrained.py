@@ -157,8 +157,37 @@ def test_no_folder_is_a_sentence(tmp_path):
         ey.from_pretrained(tmp_path)
 
 
-def test_saving_is_refused_with_the_way_to_do_it(tmp_path, caplog):
+def test_saving_is_refused_with_the_way_to_do_it(tmp_path):
     folder, _ = quantised(tmp_path, "fp8")
     model = ey.from_pretrained(folder)
-    with pytest.raises(ValueError, match="expertyard and is not serializable"):
+    with pytest.raises(ConfigError, match=r"expertyard pack PATH -o OUT .* expertyard\.attach"):
         model.save_pretrained(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "int4-g32"}], ids=str)
+def test_an_attached_model_saves_what_it_was_before(tmp_path, options):
+    """Quantised or not: its parameters are the model's own."""
+    model = tiny_model("qwen3_moe", torch.bfloat16, **SIZES)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    ey.attach(model, ey.ExpertsConfig(**options))
+    again = load(save(model, tmp_path / "saved"), torch.bfloat16)
+    assert again.state_dict().keys() == expected.keys()
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    ours = ey.from_pretrained(tmp_path / "saved", **options)
+    assert torch.equal(logits(ours, prompts()), logits(model, prompts()))
+
+
+def test_a_model_by_experts_implementation_saves_as_ever(tmp_path):
+    folder = save(tiny_model("qwen3_moe", torch.bfloat16, **SIZES), tmp_path / "plain")
+    model = load(folder, torch.bfloat16, experts_implementation="expertyard")
+    again = load(save(model, tmp_path / "saved"), torch.bfloat16)
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_quantised_layers_that_are_made_plain_are_said(tmp_path):
+    folder, _ = quantised(tmp_path, "fp8", dense=True)
+    with pytest.warns(UserWarning, match=r"quantised layers that are no experts \(.*made plain in"):
+        ey.from_pretrained(folder)

@@ -1,40 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whatever bytes a file has, the readers give weights or an ExpertyardError: no other exception, no
-crash, no tensor larger than the file could hold.
+crash, no endless work, no tensor larger than the file could hold.
 
-A few hundred examples in the suite; `-m slow` runs many more. What once broke is an @example.
+A few hundred examples in the suite. `-m slow` goes on for EXPERTYARD_FUZZ_SECONDS (20) a kind of
+damage, from a new seed each time, and says how many inputs that were. What once broke is an
+@example.
 """
 
 import json
+import os
+import random
+import signal
 import struct
 import tempfile
+import time
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
 import checkpoint_writers as writers
 from expertyard.errors import ExpertyardError
-from expertyard.loading import Checkpoint, GgufCheckpoint, read_quantised
+from expertyard.loading import Checkpoint, ExpertsLayout, GgufCheckpoint, read_quantised
+from expertyard.loading.packed_folder import (
+    MANIFEST,
+    PackedFile,
+    PackedFolder,
+    PackedLayer,
+    file_hash,
+    write_manifest,
+)
+from expertyard.loading.writer import new_file
+from expertyard.packing import ExpertPacker
 from expertyard.quantize import QuantizedMatrix
+from expertyard.spec.headers import read_folder
 
 ROWS, COLUMNS = 16, 256
+PATIENCE = 10  # seconds of this process' time that one input may take
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-LONG = settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
+LONG = settings(
+    QUICK, max_examples=300, database=None, phases=[Phase.generate, Phase.shrink, Phase.explain]
+)
 
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
     max_leaves=6,
 )
+_counts = st.sampled_from(
+    [0, 1, 2, 3, 255, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 63, (1 << 64) - 1]
+)
 # (where as a share of the file, what to put there)
 _edits = st.lists(
-    st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=9)), min_size=1, max_size=6
+    st.tuples(
+        st.floats(0, 1),
+        st.binary(min_size=1, max_size=9) | _counts.map(lambda n: struct.pack("<Q", n)),
+    ),
+    min_size=1,
+    max_size=6,
 )
+
+
+@contextmanager
+def patience():
+    """An input that takes longer is a failure like any other, and shrinks."""
+
+    def stop(*_):
+        raise AssertionError(f"a reader has worked on this for {PATIENCE} seconds")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, PATIENCE)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 @cache
@@ -127,6 +172,103 @@ def edited_header(content, number, name, value):
 LAYOUTS = [*writers.LAYOUTS, "mxfp4"]
 
 
+def edited_json(value, number, instead):
+    """The value with one of its nodes, in the order in which they are written, replaced."""
+    left = [number]
+
+    def walk(node):
+        left[0] -= 1
+        if left[0] < 0:
+            left[0] = 1 << 60
+            return instead
+        if isinstance(node, dict):
+            return {key: walk(inner) for key, inner in node.items()}
+        return [walk(inner) for inner in node] if isinstance(node, list) else node
+
+    return walk(value)
+
+
+@cache
+def good_folder():
+    """Two files and their index."""
+    made = {name: {f"{name}.w": torch.ones(4, 4), f"{name}.b": torch.ones(4)} for name in "ac"}
+    index = {
+        "metadata": {"total_size": 160},
+        "weight_map": {key: f"{name}.safetensors" for name in made for key in made[name]},
+    }
+    return {f"{name}.safetensors": save(tensors) for name, tensors in made.items()}, index
+
+
+LAYOUT = ExpertsLayout(2, 64, 32, "silu", has_bias=True)
+
+
+@cache
+def good_packed():
+    """The files of a packed folder with one layer, and its manifest."""
+    packer = ExpertPacker(2, 64, 32, "int4-g32", has_bias=True)
+    for number in range(2):
+        w = torch.randn(3, 32, 64, generator=torch.Generator().manual_seed(number))
+        bias = {"gate_bias": w[0, :, 0], "up_bias": w[1, :, 0], "down_bias": w[2, 0]}
+        packer.put(number, w[0], w[1], w[2].T, **bias)
+    tensors = {"x.blobs": torch.stack([torch.cat(packer.blobs(number)) for number in range(2)])}
+    for name, size in (("gate_bias", 32), ("up_bias", 32), ("down_bias", 64)):
+        tensors[f"x.{name}"] = torch.zeros(2, size)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "e.safetensors")
+        with new_file(file, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}) as to:
+            for name, tensor in tensors.items():
+                to[name].copy_(tensor)
+            del to
+        content = file.read_bytes()
+        layer = PackedLayer.of(file.name, packer.finish(), has_bias=True)
+        noted = PackedFile(len(content), file_hash(file))
+        write_manifest(Path(folder, MANIFEST), {"x": layer}, {file.name: noted}, {"job": {}})
+        return content, json.loads(Path(folder, MANIFEST).read_text())
+
+
+def open_packed(content, manifest, good=False):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "e.safetensors").write_bytes(content)
+        Path(folder, MANIFEST).write_text(manifest)
+        try:
+            packed = PackedFolder(Path(folder))
+            assert packed.format
+            packed.check({"x": LAYOUT})
+            assert packed.experts("x", LAYOUT, "cpu").num_experts == 2
+        except ExpertyardError as error:
+            assert folder in str(error) and not good
+
+
+def damaged_packed_files(edits, cut):
+    content, manifest = good_packed()
+    open_packed(edited(content, edits, cut), json.dumps(manifest))
+
+
+def damaged_manifests(number, value, edits):
+    manifest = edited_json(good_packed()[1], number, value)
+    text = json.dumps(manifest)
+    if edits:
+        text = edited(text.encode(), edits, 1.0).decode("utf-8", "replace")
+    open_packed(good_packed()[0], text)
+
+
+def damaged_index(number, value, edits):
+    files, index = good_folder()
+    text = json.dumps(edited_json(index, number, value)).encode()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            Path(folder, name).write_bytes(content)
+        Path(folder, "model.safetensors.index.json").write_bytes(
+            edited(text, edits, 1.0) if edits else text
+        )
+        try:
+            found = read_folder(Path(folder))
+        except ExpertyardError as error:
+            assert folder in str(error)
+            return
+        assert all(info.file.parent == Path(folder) for info in found.values())
+
+
 def damaged_bytes(layout, edits, cut, configured):
     config = writers.QUANT_CONFIGS[layout] if configured else None
     open_safetensors(edited(good(layout), edits, cut), config)
@@ -173,6 +315,8 @@ _gguf = {"edits": _edits, "cut": st.just(1.0) | st.floats(0, 1)}
 
 
 def test_the_good_files_are_good():
+    content, manifest = good_packed()
+    open_packed(content, json.dumps(manifest), good=True)
     for layout in LAYOUTS:
         open_safetensors(good(layout), writers.QUANT_CONFIGS[layout])
     with tempfile.TemporaryDirectory() as folder:
@@ -202,31 +346,48 @@ def test_damaged_gguf(edits, cut):
     open_gguf(edited(good_gguf(), edits, cut))
 
 
-@pytest.mark.slow
-@LONG
-@given(**_bytes)
-def test_damaged_bytes_for_long(layout, edits, cut, configured):
-    damaged_bytes(layout, edits, cut, configured)
+_damage = {
+    "number": st.integers(0, 40),
+    "value": _json | st.integers() | st.sampled_from(["../x", "a.safetensors", "int4", "bf16"]),
+    "edits": st.just([]) | _edits,
+}
+test_damaged_packed_files = QUICK(given(**_gguf)(damaged_packed_files))
+test_damaged_manifests = QUICK(given(**_damage)(damaged_manifests))
+test_damaged_index = QUICK(given(**_damage)(damaged_index))
 
 
-@pytest.mark.slow
-@LONG
-@given(**_headers)
-def test_damaged_headers_for_long(layout, number, name, value):
-    damaged_headers(layout, number, name, value)
-
-
-@pytest.mark.slow
-@LONG
-@given(**_settings)
-def test_damaged_settings_for_long(layout, key, value):
-    damaged_settings(layout, key, value)
-
-
-@pytest.mark.slow
-@LONG
-@given(edits=_edits, cut=st.just(1.0) | st.floats(0, 1), head=st.booleans())
-def test_damaged_gguf_for_long(edits, cut, head):
+def damaged_gguf(edits, cut, head):
     if head:  # most of what can go wrong is in the first bytes
         edits = [(share * 0.04, piece) for share, piece in edits]
     open_gguf(edited(good_gguf(), edits, cut))
+
+
+TARGETS = {
+    "bytes": (damaged_bytes, _bytes),
+    "headers": (damaged_headers, _headers),
+    "settings": (damaged_settings, _settings),
+    "gguf": (damaged_gguf, {**_gguf, "head": st.booleans()}),
+    "packed files": (damaged_packed_files, _gguf),
+    "manifests": (damaged_manifests, _damage),
+    "index": (damaged_index, _damage),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_for_long(target, capsys):
+    damage, strategies = TARGETS[target]
+    inputs = 0
+
+    def watched(**arguments):
+        nonlocal inputs
+        inputs += 1
+        with patience():
+            damage(**arguments)
+
+    # of this process' own time: a machine that sleeps or is busy does not shorten the search
+    begin, seconds = time.process_time(), float(os.environ.get("EXPERTYARD_FUZZ_SECONDS", 20))
+    while time.process_time() - begin < seconds:
+        seed(random.SystemRandom().getrandbits(64))(LONG(given(**strategies)(watched)))()
+    with capsys.disabled():
+        print(f"{target}: {inputs} inputs in {time.process_time() - begin:.0f} s", flush=True)

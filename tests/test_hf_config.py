@@ -128,7 +128,7 @@ def test_loaded_models_say_what_they_can_do(folder, tmp_path):
     assert model.hf_quantizer.is_compileable and not model.hf_quantizer.is_trainable
     assert not any("experts" in name for name in model.state_dict())
     assert "expertyard" in model.config.to_json_string()
-    with pytest.raises(ValueError, match="expertyard and is not serializable"):
+    with pytest.raises(ConfigError, match="expertyard pack PATH -o OUT"):
         model.save_pretrained(tmp_path)
 
 

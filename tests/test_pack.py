@@ -221,3 +221,41 @@ def test_the_command(plain, tmp_path, capsys):
     assert main(["pack", str(plain), "-o", str(tmp_path / "p"), "--format", "int5"]) == 2
     assert main(["pack", str(tmp_path / "nothing"), "-o", str(tmp_path / "q")]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("format", None), ("format", "int5"), ("scale_type", "none"), ("hidden_size", "x")],
+)
+def test_a_manifest_that_makes_no_sense_is_named(copy, field, value):
+    manifest = json.loads((copy / MANIFEST).read_text())
+    next(iter(manifest["layers"].values()))[field] = value
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(LoadError) as caught:
+        ey.from_pretrained(copy)
+    assert MANIFEST in str(caught.value)
+
+
+def test_a_manifest_without_layers_is_named(copy):
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["layers"] = {}
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(LoadError, match="names no layers"):
+        ey.from_pretrained(copy)
+
+
+def test_files_written_anew_without_alignment_are_named(copy):
+    """As safetensors' own writer does, which knows nothing of 64 bytes."""
+    file = copy / "experts-00000.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].rstrip() + b" "
+    header += b" " * ((8 - (8 + len(header))) % 8)
+    if len(header) % 64 == 56:  # still aligned by chance
+        header += b" " * 8
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["files"][file.name]["bytes"] = file.stat().st_size
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(LoadError, match="expected to begin at a multiple of 64 bytes"):
+        ey.from_pretrained(copy)

@@ -51,6 +51,28 @@ def pack_blob(
     sources: Sequence[tuple[int, ...]],
     out: int,
 ) -> None: ...
+def quantize_rows(
+    format: str,
+    scale_type: str,
+    group_size: int,
+    zeros: bool,
+    search: bool,
+    rows: int,
+    k: int,
+    source: tuple[int, str, int],
+    to: tuple[int, int, int],
+) -> None: ...
+def quantize_blob(
+    format: str,
+    scale_type: str,
+    group_size: int,
+    zeros: bool,
+    search: bool,
+    rows: int,
+    k: int,
+    sources: Sequence[tuple[int, str, int]],
+    out: int,
+) -> None: ...
 def advise_huge_pages(memory: int, bytes: int) -> None: ...
 def write_expert(handle: int, expert: int, pointers: tuple[int, ...]) -> None: ...
 def limit_caller(threads: int) -> None: ...

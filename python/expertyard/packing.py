@@ -14,18 +14,12 @@ from torch import Tensor
 from .errors import KernelError
 from .formats import Format, get_format
 from .native import _C
-from .quantize import QuantizedMatrix, quantize
+from .quantize import SCALE_TYPES, QuantizedMatrix, native_rows, native_source, quantize
 from .reference import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
 from .weights import Blobs, PackedExperts
 
 __all__ = ["ExpertPacker", "packed_bytes", "scale_type_of"]
 
-_SCALE_TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.uint8: "e8m0",
-}
 _ALIGNMENT = 64
 
 
@@ -38,9 +32,9 @@ def scale_type_of(format: Format, scale_dtype: torch.dtype | None = None) -> str
     if scale_dtype is None:
         grouped = format.base in ("int8", "int4") and format.group_size > 0
         scale_dtype = torch.bfloat16 if grouped else torch.float32
-    if scale_dtype not in _SCALE_TYPES or scale_dtype == torch.uint8:
+    if scale_dtype not in SCALE_TYPES or scale_dtype == torch.uint8:
         raise KernelError(f"scale_dtype: expected bfloat16, float16 or float32, got {scale_dtype}")
-    return _SCALE_TYPES[scale_dtype]
+    return SCALE_TYPES[scale_dtype]
 
 
 def packed_bytes(
@@ -148,19 +142,11 @@ class ExpertPacker:
         if not 0 <= expert < self.num_experts:
             raise KernelError(f"expert: expected 0 to {self.num_experts - 1}, got {expert}")
         inner = (self.intermediate_size, self.hidden_size)
-        sources = [
-            self._source(f"{name}[{expert}]", matrix, shape)
-            for name, matrix, shape in (
-                ("gate", gate, inner),
-                ("up", up, inner),
-                ("down", down, inner[::-1]),
-            )
-        ]
         w13, w2 = self.blobs(expert)
         here = self.device.type == "cpu"
         parts = (w13, w2) if here else (aligned_bytes(w13.numel()), aligned_bytes(w2.numel()))
-        self._pack(sources[:2], inner, parts[0])
-        self._pack(sources[2:], inner[::-1], parts[1])
+        self._write({f"gate[{expert}]": gate, f"up[{expert}]": up}, inner, parts[0])
+        self._write({f"down[{expert}]": down}, inner[::-1], parts[1])
         if not here:
             w13.copy_(parts[0])
             w2.copy_(parts[1])
@@ -186,12 +172,37 @@ class ExpertPacker:
             **self._keywords,
         )
 
-    def _source(
-        self, name: str, matrix: Tensor | QuantizedMatrix, shape: tuple[int, int]
+    def _write(
+        self, matrices: dict[str, Tensor | QuantizedMatrix], shape: tuple[int, int], out: Tensor
+    ) -> None:
+        """One blob. Plain weights in RAM are quantised and laid out in one go."""
+        for name, matrix in matrices.items():
+            given = matrix.codes if isinstance(matrix, QuantizedMatrix) else matrix
+            if tuple(given.shape) != shape:
+                raise KernelError(f"{name}: expected {list(shape)}, got {list(given.shape)}")
+        where: dict[str, Any] = {"rows": shape[0], "k": shape[1], "out": out.data_ptr()}
+        packing = (
+            self.format.base,
+            self._scale_type,
+            self.format.group_size,
+            self.format.asymmetric,
+        )
+        plain = [native_rows(m.detach()) for m in matrices.values() if isinstance(m, Tensor)]
+        rows = [m for m in plain if m is not None]
+        if self.format.base != "bf16" and len(rows) == len(matrices):
+            try:
+                sources = [native_source(m) for m in rows]
+                _C.quantize_blob(*packing, self.search, sources=sources, **where)
+            except ValueError as error:
+                raise KernelError(f"{', '.join(matrices)}: {error}") from None
+            return
+        parts = [self._codes(name, matrix) for name, matrix in matrices.items()]
+        addresses = [tuple(0 if t is None else t.data_ptr() for t in part) for part in parts]
+        _C.pack_blob(*packing, sources=addresses, **where)
+
+    def _codes(
+        self, name: str, matrix: Tensor | QuantizedMatrix
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        given = matrix.codes if isinstance(matrix, QuantizedMatrix) else matrix
-        if tuple(given.shape) != shape:
-            raise KernelError(f"{name}: expected {list(shape)}, got {list(given.shape)}")
         if self.format.base == "bf16":
             if isinstance(matrix, QuantizedMatrix):
                 raise KernelError(f"{name}: expected plain weights, got {matrix.format.name} codes")
@@ -204,7 +215,7 @@ class ExpertPacker:
             raise KernelError(
                 f"{name}: expected codes of {self.format.name}, got {matrix.format.name}"
             )
-        if _SCALE_TYPES[matrix.scales.dtype] != self._scale_type:
+        if SCALE_TYPES[matrix.scales.dtype] != self._scale_type:
             raise KernelError(
                 f"{name}: expected scales in {self._scale_type}, got {matrix.scales.dtype}; say "
                 "scale_dtype= when you make the packer"
@@ -213,23 +224,6 @@ class ExpertPacker:
         codes, scales, zeros = (None if t is None else t.cpu().contiguous() for t in tensors)
         assert codes is not None
         return codes, scales, zeros
-
-    def _pack(
-        self,
-        sources: list[tuple[Tensor, Tensor | None, Tensor | None]],
-        shape: tuple[int, int],
-        out: Tensor,
-    ) -> None:
-        _C.pack_blob(
-            self.format.base,
-            self._scale_type,
-            self.format.group_size,
-            self.format.asymmetric,
-            rows=shape[0],
-            k=shape[1],
-            sources=[tuple(0 if t is None else t.data_ptr() for t in s) for s in sources],
-            out=out.data_ptr(),
-        )
 
 
 def aligned_bytes(count: int, device: torch.device | str = "cpu") -> Tensor:

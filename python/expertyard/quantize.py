@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights as codes and scales: what readers of checkpoints hand to the packer, and how plain
-weights become it. Pure torch, one matrix at a time; no layout (that is csrc/blocks.h).
+weights become it, one matrix at a time; no layout (that is csrc/blocks.h).
+
+quantize() is native code for what lies in RAM (csrc/quantize.h). quantize_in_torch() says the same
+in torch, and serves every other device and dtype.
 """
 
 from dataclasses import dataclass
@@ -10,8 +13,16 @@ from torch import Tensor
 
 from .errors import KernelError
 from .formats import Format
+from .native import _C
 
-__all__ = ["E2M1", "QuantizedMatrix", "quantize"]
+__all__ = [
+    "E2M1",
+    "QuantizedMatrix",
+    "native_rows",
+    "native_source",
+    "quantize",
+    "quantize_in_torch",
+]
 
 # Values of the 4-bit float e2m1 by code: sign << 3 | magnitude.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -22,6 +33,16 @@ _CENTRE = {"int8": 128, "int4": 8}
 _LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
 
 _SEARCH = tuple(1.0 - step / 64 for step in range(29))  # shares of the plain scale that are tried
+
+
+SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# what _C calls the types of stored scales
+SCALE_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.uint8: "e8m0",
+}
 
 
 @dataclass(frozen=True)
@@ -105,9 +126,6 @@ class QuantizedMatrix:
         return of_groups.repeat_interleave(group, dim=1)[:, :cols]
 
 
-SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
 def quantize(
     weight: Tensor,
     format: Format,
@@ -124,7 +142,49 @@ def quantize(
                   bfloat16 for groups of int8 and int4, float32 for whole rows and fp8
     Raises KernelError for a weight that is not finite.
     """
-    if weight.dim() != 2 or not weight.is_floating_point():
+    scale_dtype = _checked(weight, format, scale_dtype)
+    readable = native_rows(weight.detach())
+    if readable is None:
+        return quantize_in_torch(weight, format, search=search, scale_dtype=scale_dtype)
+    rows, cols = weight.shape
+    shape = (rows, _num_groups(format, cols))
+    codes = torch.empty((rows, cols), dtype=torch.uint8)
+    scales = torch.empty(shape, dtype=torch.uint8 if format.base == "mxfp4" else scale_dtype)
+    zeros = torch.empty(shape, dtype=scale_dtype) if format.asymmetric else None
+    try:
+        _C.quantize_rows(
+            format.base,
+            SCALE_TYPES[scales.dtype],
+            format.group_size,
+            format.asymmetric,
+            search,
+            rows,
+            cols,
+            native_source(readable),
+            (codes.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr()),
+        )
+    except ValueError as error:
+        raise KernelError(str(error)) from None
+    return QuantizedMatrix(format, codes, scales, zeros)
+
+
+def native_rows(weight: Tensor) -> Tensor | None:
+    """The matrix with contiguous rows (a copy only if they are not), or None if native code cannot
+    read its dtype or its device."""
+    if weight.device.type != "cpu" or weight.dtype not in SCALE_DTYPES:
+        return None
+    return weight if weight.stride(1) == 1 else weight.contiguous()
+
+
+def native_source(rows: Tensor) -> tuple[int, str, int]:
+    """Address, dtype and bytes between rows, as _C wants them."""
+    dtype = str(rows.dtype).removeprefix("torch.")
+    return rows.data_ptr(), dtype, rows.stride(0) * rows.element_size()
+
+
+def _checked(weight: Tensor, format: Format, scale_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the scales. Raises KernelError."""
+    if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
         raise KernelError(
             f"weight: expected [rows, cols] of floats, got {list(weight.shape)} {weight.dtype}"
         )
@@ -132,9 +192,22 @@ def quantize(
         raise KernelError(f"format {format.name} is not a quantised one")
     if scale_dtype is None:
         grouped = format.base in _CENTRE and format.group_size > 0
-        scale_dtype = torch.bfloat16 if grouped else torch.float32
-    elif scale_dtype not in SCALE_DTYPES:
+        return torch.bfloat16 if grouped else torch.float32
+    if scale_dtype not in SCALE_DTYPES:
         raise KernelError(f"scale_dtype: expected one of {SCALE_DTYPES}, got {scale_dtype}")
+    return scale_dtype
+
+
+def quantize_in_torch(
+    weight: Tensor,
+    format: Format,
+    *,
+    search: bool = False,
+    scale_dtype: torch.dtype | None = None,
+) -> QuantizedMatrix:
+    """As quantize(), on the weight's device. Plain rounding gives the same bits; in a search, two
+    scales whose errors differ in the last bit may be chosen the other way round."""
+    scale_dtype = _checked(weight, format, scale_dtype)
     rows, cols = weight.shape
     groups = _num_groups(format, cols)
     size = format.group_size or cols
@@ -195,19 +268,26 @@ def _round(w: Tensor, format: Format, share: float, scale_dtype: torch.dtype) ->
         high = w.amax(-1, keepdim=True).clamp(min=0) * share
         scales = _stored((high - low) / 15, scale_dtype)
         step = scales.float()
-        inverse = torch.where(step > 0, 1 / step, 0)
-        zeros = (-low * inverse).round().clamp(0, 15).to(scale_dtype)
+        inverse = _inverse(step)
+        zeros = (-low * inverse).round().clamp(0, 15) + 0.0  # never -0
+        zeros = zeros.to(scale_dtype)
         codes = (w * inverse + zeros.float()).round().clamp(0, 15)
         return codes.to(torch.uint8), scales, zeros
     scales = _stored(largest * (share / _LARGEST[format.base]), scale_dtype)
     step = scales.float()
-    scaled = w * torch.where(step > 0, 1 / step, 0)
+    scaled = w * _inverse(step)
     if format.base == "fp8":
         return scaled.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8), scales, None
     centre = _CENTRE[format.base]
     least = -8 if format.base == "int4" else -127
     codes = scaled.round().clamp(least, centre - 1) + centre
     return codes.to(torch.uint8), scales, None
+
+
+def _inverse(step: Tensor) -> Tensor:
+    """1 / step; 0 for a step of 0 and for those so small that they have none."""
+    inverse = 1 / step
+    return torch.where((step > 0) & torch.isfinite(inverse), inverse, 0)
 
 
 def _stored(scales: Tensor, dtype: torch.dtype) -> Tensor:

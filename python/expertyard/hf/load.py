@@ -7,6 +7,8 @@ are; of a GGUF file it gets these under its own names.
 """
 
 import dataclasses
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,7 @@ def _load(opened: Opened, ours: ExpertsConfig, dtype: Any, options: dict[str, An
     config, folder = opened.config, opened.folder
     if "generation_config" not in options and (folder / "generation_config.json").is_file():
         options["generation_config"] = GenerationConfig.from_pretrained(folder)
+    _say_what_is_made_plain(opened, dtype)
     read = Reading(opened.checkpoint, opened.sources, folder=opened.spec_folder)
     with reading(read):
         model = model_class(config).from_pretrained(
@@ -138,3 +141,18 @@ def _load(opened: Opened, ours: ExpertsConfig, dtype: Any, options: dict[str, An
         )
     model.config._name_or_path = model.name_or_path = str(folder)
     return model
+
+
+def _say_what_is_made_plain(opened: Opened, dtype: Any) -> None:
+    """A warning, with the room that it takes, for quantised layers that are no experts."""
+    checkpoint = opened.checkpoint
+    keys = [key for key in opened.dense if checkpoint.stored(key) is not None]
+    if keys:
+        weights = sum(math.prod(checkpoint.shape(key)) for key in keys)
+        before = sum(checkpoint.nbytes(key) for key in keys)
+        warnings.warn(
+            f"{len(keys)} quantised layers that are no experts ({keys[0]} ...) are made plain in "
+            f"{str(dtype).removeprefix('torch.')}: {weights * dtype.itemsize / 2**30:.2f} GiB "
+            f"instead of {before / 2**30:.2f}. Experts stay quantised.",
+            stacklevel=3,
+        )

@@ -164,7 +164,14 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 yield promised, experts
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        return False  # the checkpoint that was loaded still is the model's; nothing to save
+        """ConfigError: transformers asks in save_pretrained(), and has no words for what to do."""
+        raise ConfigError(
+            "save_pretrained: the experts of a model loaded with ExpertsConfig lie as kernels read "
+            "them and are no parameters; the checkpoint that they came from still is the model's. "
+            "To write it in another format: `expertyard pack PATH -o OUT --format int4`. To save a "
+            "model that you have changed, load it with transformers alone and call "
+            "expertyard.attach(model): then save_pretrained() works as ever."
+        )
 
     @property
     def is_trainable(self) -> bool:

@@ -188,6 +188,7 @@ def _packed(
         has_bias=layout.has_bias,
         mode=mode,
         arena=arena,
+        search=search,
         **_activation(source),
     )
 
@@ -199,14 +200,16 @@ def _packed(
         biases.update({(name, wanted[place]): bias for name, bias in own.items()})
         try:
             matrices = [
-                in_format(matrix, target, search, scale_dtype)
+                matrix  # the packer quantises plain numbers
+                if isinstance(matrix, Tensor)
+                else in_format(matrix, target, search, scale_dtype)
                 for matrix in (expert.gate, expert.up, expert.down)
             ]
+            packer.put(place, *matrices, **own)
         except KernelError as error:  # weights that are not finite, scales of another dtype
             raise LoadError(
                 f"{_where(checkpoint, source)}, expert {wanted[place]}: {error}"
             ) from None
-        packer.put(place, *matrices, **own)
         advance(each)
 
     for_each(range(len(wanted)), pack, num_threads(source))

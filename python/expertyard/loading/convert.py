@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checkpoint's matrix to one in the format that is wanted, a few rows at a time.
+"""From a checkpoint's quantised matrix to one in the format that is wanted, a few rows at a time.
 
-Rows are independent in every format but fp8, whose blocks have 128 of them; so a matrix is
-converted in runs of rows, and the float32 copies that rounding needs stay small.
+Plain numbers need none of this: the packer quantises them. Rows are independent in every format but
+fp8, whose blocks have 128 of them; so a matrix is converted in runs of rows, and the float32 copies
+that decoding needs stay small.
 """
 
 from collections.abc import Sequence
@@ -19,12 +20,12 @@ from .checkpoint import Matrix
 __all__ = ["SCRATCH", "common_scales", "in_format"]
 
 SCRATCH = 16 << 20  # bytes that a conversion takes beside its input and result, about
-_COPIES = 12  # float32 tensors alive at once in quantize()
+_COPIES = 12  # float32 tensors alive at once, at most
 _BLOCK = 128  # rows that fp8 scales share
 
 
 def in_format(
-    matrix: Matrix,
+    matrix: QuantizedMatrix,
     format: Format,
     search: bool = False,
     scale_dtype: torch.dtype | None = None,
@@ -35,7 +36,7 @@ def in_format(
     scale_dtype  of the scales; None: the matrix' own, or quantize()'s default
     Raises KernelError if the scales would have to be rounded.
     """
-    if isinstance(matrix, QuantizedMatrix) and matrix.format.name == format.name:
+    if matrix.format.name == format.name:
         if scale_dtype in (None, matrix.scales.dtype) or matrix.scales.dtype == torch.uint8:
             return matrix
         if scale_dtype != torch.float32:
@@ -45,11 +46,11 @@ def in_format(
             )
         own = None if matrix.zeros is None else matrix.zeros.float()
         return QuantizedMatrix(format, matrix.codes, matrix.scales.float(), own)
-    if isinstance(matrix, QuantizedMatrix) and _only_lacks_zeros(matrix.format, format):
+    if _only_lacks_zeros(matrix.format, format):
         zeros = torch.full_like(matrix.scales, 8)
         same = QuantizedMatrix(format, matrix.codes, matrix.scales, zeros)
         return in_format(same, format, search, scale_dtype)
-    rows, columns = matrix.shape if isinstance(matrix, Tensor) else matrix.codes.shape
+    rows, columns = matrix.codes.shape
     step = SCRATCH // (4 * _COPIES * max(columns, 1)) // _BLOCK * _BLOCK
     options: dict[str, Any] = {"search": search, "scale_dtype": scale_dtype}
     runs = [
@@ -73,9 +74,7 @@ def _only_lacks_zeros(have: Format, want: Format) -> bool:
     return same and want.asymmetric and not have.asymmetric
 
 
-def _numbers(matrix: Matrix, begin: int, end: int) -> Tensor:
-    if isinstance(matrix, Tensor):
-        return matrix[begin:end].float()
+def _numbers(matrix: QuantizedMatrix, begin: int, end: int) -> Tensor:
     zeros = None if matrix.zeros is None else matrix.zeros[begin:end]
     run = QuantizedMatrix(matrix.format, matrix.codes[begin:end], matrix.scales[begin:end], zeros)
     return run.dequantize(torch.float32)

@@ -37,6 +37,10 @@ _SCALARS = {
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _KEPT = 4096  # longest array whose elements are kept
+_TEXT = 64 << 20  # bytes of the longest value: tokenizer.json is kept as one
+# Elements of all arrays that are walked one by one, metadata entries, tensors: the largest
+# vocabularies and their merges are a million. A sparse file "holds" any number of empty strings.
+_WALKED = 1 << 24
 _DIMENSIONS = 4  # of a tensor at most, as in ggml
 _ALIGNMENT = "general.alignment"
 
@@ -81,6 +85,7 @@ class _Parser:
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.at, self.size = path, data, 0, len(data)
+        self.walked = 0
 
     def fail(self, what: str) -> NoReturn:
         raise LoadError(f"{self.path}: {what}. The file is cut off or corrupt; download it again.")
@@ -98,10 +103,18 @@ class _Parser:
             self.fail(f"claims {count} {what}, more than fit into the file ({self.size} bytes)")
         return count
 
+    def walk(self, what: str, least: int) -> int:
+        """A count of things that are looked at one by one."""
+        count = self.count(what, least)
+        self.walked += count
+        if self.walked > _WALKED:
+            self.fail(f"claims {count} {what}, more than any model has")
+        return count
+
     def string(self, what: str) -> str:
         length = self.count(f"bytes of {what}", 1)
         begin, self.at = self.at, self.at + length
-        if length > 65535 and what != "a value":
+        if length > (_TEXT if what == "a value" else 65535):
             self.fail(f"{what} of {length} bytes")
         try:
             return self.data[begin : self.at].decode(
@@ -125,7 +138,7 @@ class _Parser:
                 self.at += count * width
                 return None
             return [self.number(_SCALARS[inner]) for _ in range(count)]
-        count = self.count("array elements", 8)
+        count = self.walk("array elements", 8)
         if inner == _STRING:
             for _ in range(count):
                 self.at += self.count("bytes of text", 1)
@@ -144,8 +157,8 @@ class _Parser:
                 f"{self.path}: GGUF version {version} is not read, only 2 and 3"
                 + (" (is it big-endian?)." if version > 0xFFFF else ".")
             )
-        tensors = self.count("tensors", 24)
-        pairs = self.count("metadata entries", 13)
+        tensors = self.walk("tensors", 24)
+        pairs = self.walk("metadata entries", 13)
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
             key = self.string("a metadata key")
@@ -173,6 +186,8 @@ class _Parser:
         if not 1 <= dimensions <= _DIMENSIONS:
             self.fail(f"tensor {name!r}: has {dimensions} dimensions")
         sizes = [self.number("<Q") for _ in range(dimensions)]
+        if 0 in sizes:
+            self.fail(f"tensor {name!r}: has a size of 0")
         return name, tuple(reversed(sizes)), self.number("<I"), self.number("<Q")
 
     def _tensor(

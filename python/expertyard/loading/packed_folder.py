@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 
-from ..errors import KernelError, LoadError, PlanError
+from ..errors import ExpertyardError, KernelError, LoadError, PlanError
 from ..formats import get_format
-from ..packing import packed_bytes
+from ..packing import packed_bytes, scale_type_of
 from ..weights import Blobs, PackedExperts
 from .checkpoint import Checkpoint
 from .layer import ExpertsLayout
+from .writer import ALIGNMENT
 
 __all__ = [
     "MANIFEST",
@@ -83,6 +84,8 @@ class PackedLayer:
 
     def blob_bytes(self) -> tuple[int, int]:
         scales = _SCALES[self.scale_type]
+        if scale_type_of(get_format(self.format), scales) != self.scale_type:
+            raise KernelError(f"scale_type: format {self.format!r} with {self.scale_type!r}")
         return packed_bytes(self.format, self.hidden_size, self.intermediate_size, scales)
 
 
@@ -163,6 +166,10 @@ class PackedFolder:
             if size != file.bytes:
                 found = "is missing" if size < 0 else f"has {size} bytes, expected {file.bytes}"
                 raise LoadError(f"{path}: {found}. Pack or copy the model again.")
+        if not self.layers:
+            raise LoadError(f"{folder / MANIFEST}: names no layers; it is damaged.")
+        for name in self.layers:
+            self._sizes(name)
         names = sorted({layer.file for layer in self.layers.values()})
         if missing := [name for name in names if name not in self.files]:
             raise LoadError(f"{folder / MANIFEST}: says nothing about {missing[0]}; it is damaged.")
@@ -219,8 +226,9 @@ class PackedFolder:
     def _sizes(self, name: str) -> tuple[int, int]:
         try:
             return self.layers[name].blob_bytes()
-        except (KernelError, KeyError, ValueError, TypeError) as error:
-            raise LoadError(f"{self.folder / MANIFEST}: {name}: {error}") from None
+        except (ExpertyardError, KeyError, ValueError, TypeError) as error:
+            what = str(error).partition("\n")[0]  # pybind11 goes on with signatures
+            raise LoadError(f"{self.folder / MANIFEST}: {name}: {what}") from None
 
     def _expect(self, key: str, kind: str, shape: tuple[int, ...]) -> None:
         where = self.folder / MANIFEST
@@ -239,7 +247,14 @@ class PackedFolder:
         """A layer's experts: on the CPU the mapped file itself, on a GPU one copy of it."""
         layer = self.layers[name]
         w13, _ = self._sizes(name)
-        rows = list(self._checkpoint.raw(f"{name}.blobs").to(torch.device(device)))
+        blobs = self._checkpoint.raw(f"{name}.blobs")
+        if blobs.data_ptr() % ALIGNMENT:
+            raise LoadError(
+                f"{self._checkpoint.where(f'{name}.blobs')}: expected to begin at a multiple of "
+                f"{ALIGNMENT} bytes. The file was written anew by something else; pack the model "
+                "again."
+            )
+        rows = list(blobs.to(torch.device(device)))
         biases: dict[str, Any] = {}
         if layer.has_bias:
             biases = {

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..errors import LoadError
 
-__all__ = ["new_file"]
+__all__ = ["ALIGNMENT", "new_file"]
 
-_ALIGNMENT = 64
+ALIGNMENT = 64
 _NAMES = {
     torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL", torch.int16: "I16", torch.int32: "I32",
     torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
@@ -69,7 +69,7 @@ def _layout(
 
     safetensors wants no holes: tensors that are no multiple of 64 bytes come last.
     """
-    order = sorted(tensors, key=lambda name: _nbytes(*tensors[name]) % _ALIGNMENT != 0)
+    order = sorted(tensors, key=lambda name: _nbytes(*tensors[name]) % ALIGNMENT != 0)
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     offsets: dict[str, int] = {}
@@ -79,7 +79,7 @@ def _layout(
         entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         offsets[name], at = at, end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     begin = 8 + len(text)
     header = len(text).to_bytes(8, "little") + text
     return header, {name: begin + offset for name, offset in offsets.items()}, begin + at

@@ -17,6 +17,7 @@ from expertyard.errors import LoadError
 from expertyard.spec.model import Shape, count
 
 MAX_HEADER = 100 << 20  # safetensors' own limit
+MAX_DIMENSIONS = 64  # torch's
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
@@ -60,7 +61,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise LoadError(f"{path}: cannot be read ({error.strerror}).") from None
     try:
-        header = json.loads(raw.decode("utf-8"))
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_twice)
+    except _TwiceError as error:
+        raise LoadError(f"{path}: the header names {error} twice; the file is corrupt.") from None
     except (ValueError, RecursionError):
         raise LoadError(f"{path}: the header is not JSON; the file is corrupt.") from None
     if not isinstance(header, dict):
@@ -74,6 +77,18 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+class _TwiceError(ValueError):
+    """A key that a JSON object has twice."""
+
+
+def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(repr(next(key for at, key in enumerate(keys) if key in keys[:at])))
+    return found
+
+
 def _tensor(path: Path, name: str, entry: Any, data: int, available: int) -> TensorInfo:
     def wrong(what: str) -> LoadError:
         return LoadError(f"{path}: tensor {name!r}: {what}")
@@ -82,11 +97,11 @@ def _tensor(path: Path, name: str, entry: Any, data: int, available: int) -> Ten
         raise wrong("the header's entry is no JSON object.")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise wrong(f"unknown dtype {dtype!r}.")
-    if not _whole_numbers(shape):
-        raise wrong(f"shape: expected a list of whole numbers, got {shape!r}.")
+        raise wrong(f"unknown dtype {dtype!r:.80}.")
+    if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS or max(shape, default=0) >= 1 << 63:
+        raise wrong(f"shape: expected a list of whole numbers, got {shape!s:.200}.")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise wrong(f"data_offsets: expected [begin, end], got {offsets!r}.")
+        raise wrong(f"data_offsets: expected [begin, end], got {offsets!s:.200}.")
     begin, end = offsets
     expected = (count(tuple(shape)) * DTYPE_BITS[dtype] + 7) // 8
     if end - begin != expected:
@@ -139,10 +154,15 @@ def read_folder(folder: Path) -> dict[str, TensorInfo]:
 
 def _read_indexed(folder: Path, index: Path) -> dict[str, TensorInfo]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        text = index.read_text(encoding="utf-8")
+        weight_map = json.loads(text, object_pairs_hook=_no_twice)["weight_map"]
         files = sorted(set(weight_map.values()))
     except OSError as error:
         raise LoadError(f"{index}: cannot be read ({error.strerror}).") from None
+    except _TwiceError as error:
+        raise LoadError(
+            f"{index}: names {error} twice; it is damaged. Download it again."
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise LoadError(f"{index}: expected JSON with a weight_map of tensor to file.") from None
     headers: dict[str, dict[str, TensorInfo]] = {}
