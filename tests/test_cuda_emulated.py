@@ -17,7 +17,7 @@ TESTS = ("experts_test.cpp", "packed_test.cpp")  # weights as they lie, packed w
 GXX = shutil.which("g++")
 FLAGS = (
     *("-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-    '-DEXPERTYARD_CUDA_ARCHS="80-real"',
+    *('-DEXPERTYARD_CUDA_ARCHS="80-real"', "-DEXPERTYARD_HOPPER=1"),
 )
 
 pytestmark = pytest.mark.skipif(GXX is None, reason="g++ is not installed")
@@ -294,7 +294,7 @@ def test_calls_larger_than_the_workspace_go_in_runs(
 def test_a_planted_bug_is_found(bug: str, build: Build, tmp_path: Path) -> None:
     name, old, new, case = BUGS[bug]
     changes = [(name, old, new)] + ([SMALL_WORKSPACE] if name == CALL else [])
-    test = "packed_test.cpp" if case.startswith(("stream", "grouped")) else "experts_test.cpp"
+    test = "packed_test.cpp" if case.startswith(("stream", "grouped", "wgmma")) else "experts_test.cpp"
     program = build.program_with(changes, tmp_path, test)
     for seed in ("0", "1"):
         done = run([str(program), "--stop", "--seed", seed, case], 120)

@@ -19,7 +19,7 @@ namespace ey::cuda::ptx {
 
 // The block's dynamic shared memory. There is no static shared memory in these kernels.
 __device__ __forceinline__ char* dynamic_shared() {
-  extern __shared__ __align__(128) char shared_memory[];
+  extern __shared__ __align__(1024) char shared_memory[];
   return shared_memory;
 }
 
