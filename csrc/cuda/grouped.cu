@@ -70,9 +70,7 @@ cudaError_t load() {
   for (const PackedFormat* f : kPackedFormats) {
     if (error == cudaSuccess) error = f->load_grouped(limit.shared_bytes);
   }
-  if (error == cudaSuccess) error = ptx::allow_shared(grouped::prepare, grouped::kRoutingBytes);
-  if (error == cudaSuccess) error = ptx::allow_shared(grouped::combine, 0);
-  return error;
+  return error != cudaSuccess ? error : grouped::load_ends();
 }
 
 }  // namespace
