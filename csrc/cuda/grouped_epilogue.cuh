@@ -28,8 +28,8 @@ struct Args {
 // pairs: of the tile. To y, or through the activation to h.
 template <int kBlocks>
 __device__ __forceinline__ void finish_tile(const Args& a, const Tile& tile, int block,
-                                            const int* pairs,
-                                            const float (&sums)[2][kBlocks][4], int lane) {
+                                            const int* pairs, const float (&sums)[2][kBlocks][4],
+                                            int lane) {
   const ExpertSet& set = a.call.set;
   const ExpertPointers& expert = set.experts[tile.expert];
   const int g = lane / 4, t = lane % 4;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "grouped_run.cuh"
-
 #include "grouped_ends.cuh"
+#include "grouped_run.cuh"
 
 namespace ey::cuda::grouped {
 namespace {
@@ -10,8 +9,8 @@ constexpr int kRoutingBytes = 48 * 1024;  // of prepare
 
 }  // namespace
 
-cudaError_t run_grouped(const Products& p, const Chunk& chunk, int64_t tokens,
-                               void* workspace, cudaStream_t stream) {
+cudaError_t run_grouped(const Products& p, const Chunk& chunk, int64_t tokens, void* workspace,
+                        cudaStream_t stream) {
   const ExpertSet& set = chunk.set;
   const PackedFormat& format = *packed_format(set.format);
   const int64_t pairs = tokens * chunk.top_k;
@@ -31,10 +30,10 @@ cudaError_t run_grouped(const Products& p, const Chunk& chunk, int64_t tokens,
   if (pairs > 0) {
     const int columns = p.columns(format, m, pairs / (set.num_experts + 1) + 1, limit);
     const int64_t rows = tokens < 4 * limit.multiprocessors ? tokens : 4 * limit.multiprocessors;
-    cudaError_t error = ptx::launch(prepare, dim3(unsigned(1 + rows)), dim3(kPrepareThreads),
-                                    size_t(set.num_experts) * 3 * sizeof(int), stream, chunk,
-                                    int32_t(pairs), columns, routing, x, int(tokens),
-                                    int(x_stride(p, set)), p.order(format));
+    cudaError_t error =
+        ptx::launch(prepare, dim3(unsigned(1 + rows)), dim3(kPrepareThreads),
+                    size_t(set.num_experts) * 3 * sizeof(int), stream, chunk, int32_t(pairs),
+                    columns, routing, x, int(tokens), int(x_stride(p, set)), p.order(format));
     if (error != cudaSuccess) return error;
 
     Args a{};

@@ -44,8 +44,8 @@ cudaError_t launch(const PackedFormat& format, grouped::Args& a, int columns, in
   const HopperFormat& f = hopper_format(format.format);
   a.stage_bytes = stage_bytes(f, a.matrix);
   a.stages = stages_of(a.stage_bytes);
-  const int shared_bytes = int(
-      round_up(a.stages * (a.stage_bytes + 2 * int(sizeof(uint64_t))), kAlignment));
+  const int shared_bytes =
+      int(round_up(a.stages * (a.stage_bytes + 2 * int(sizeof(uint64_t))), kAlignment));
   const int64_t items = most_tiles(pairs, a.call.set.num_experts, columns) *
                         ((a.matrix.num_blocks + hopper::kBlocks - 1) / hopper::kBlocks);
   const unsigned grid = unsigned(items < limit.multiprocessors ? items : limit.multiprocessors);

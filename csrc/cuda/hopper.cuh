@@ -77,7 +77,8 @@ struct Items {
   __device__ __forceinline__ void next() { index += step; }
 };
 
-constexpr int kOpenCopies = 1;  // groups of a thread's copies of tokens, beyond the one it waits for
+constexpr int kOpenCopies =
+    1;  // groups of a thread's copies of tokens, beyond the one it waits for
 
 template <class F>
 class Producer {
@@ -101,8 +102,7 @@ class Producer {
           ptx::barrier_wait(ring_.empty(ring_.stage), ring_.parity ^ 1);
         }
         if (thread < kBlocks) {
-          copy_weights(weights + block * a.matrix.block_bytes, chunk,
-                       block < a.matrix.num_blocks);
+          copy_weights(weights + block * a.matrix.block_bytes, chunk, block < a.matrix.num_blocks);
         }
         clear_end(chunk);
         copy_tokens(row, chunk);
@@ -135,13 +135,12 @@ class Producer {
     }
     const int heads = m.head_bytes * m.lines_in_chunk;
     const int line = m.lines_in_chunk > 1 ? chunk * m.lines_in_chunk : chunk / m.chunks_in_line;
-    const int skipped = m.lines_in_chunk > 1
-                            ? 0
-                            : chunk % m.chunks_in_line * ChunkShape<F>::kQuadBytes;
+    const int skipped =
+        m.lines_in_chunk > 1 ? 0 : chunk % m.chunks_in_line * ChunkShape<F>::kQuadBytes;
     const int64_t from = line * m.line_bytes;
     const int bytes = chunk_bytes(from + skipped);
-    char* const to = ring_.bytes() + Stage<F>::kTokenBytes +
-                     thread * (heads + ChunkShape<F>::kQuadBytes);
+    char* const to =
+        ring_.bytes() + Stage<F>::kTokenBytes + thread * (heads + ChunkShape<F>::kQuadBytes);
     ptx::barrier_arrive_expecting(full, bytes);
     if (skipped == 0 || heads == 0) {
       ptx::copy_bulk(to, block + from + skipped, bytes, full);
@@ -163,9 +162,8 @@ class Producer {
     const Matrix& m = a.matrix;
     if (chunk + 1 < m.num_chunks) return;
     const int line = m.lines_in_chunk > 1 ? chunk * m.lines_in_chunk : chunk / m.chunks_in_line;
-    const int skipped = m.lines_in_chunk > 1
-                            ? 0
-                            : chunk % m.chunks_in_line * ChunkShape<F>::kQuadBytes;
+    const int skipped =
+        m.lines_in_chunk > 1 ? 0 : chunk % m.chunks_in_line * ChunkShape<F>::kQuadBytes;
     const int whole = m.head_bytes * m.lines_in_chunk + ChunkShape<F>::kQuadBytes;
     const int begin = chunk_bytes(line * m.line_bytes + skipped);
     char* const chunks = ring_.bytes() + Stage<F>::kTokenBytes;
@@ -213,15 +211,12 @@ class Producer {
   int open_ = 0;  // stages begun and not published
 };
 
-// F's groups are that many slices of 16 k, or all of a chunk.
+// Scales are applied every kSlicesInGroup slices of 16 k: a group's, or fewer.
 template <class F, int kSlicesInGroup>
 class Consumer {
  public:
   __device__ __forceinline__ explicit Consumer(const Args& args)
-      : a(args),
-        ring_(args),
-        warp((threadIdx.x - kProducers) / 32),
-        lane(threadIdx.x % 32) {}
+      : a(args), ring_(args), warp((threadIdx.x - kProducers) / 32), lane(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void run() {
     for (Items items(a); items.is_here(); items.next()) {

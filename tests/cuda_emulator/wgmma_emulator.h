@@ -196,8 +196,7 @@ void wgmma_wait() {
             for (int column = 0; column < 128; ++column) sums[column] += a[row][k] * b[k][column];
           }
           for (int column = 0; column < 128; ++column) {
-            const auto& product =
-                lanes[row % 8 * 4 + column % 8 / 2]->wgmma_groups.front()[i];
+            const auto& product = lanes[row % 8 * 4 + column % 8 / 2]->wgmma_groups.front()[i];
             float& d = product.d[column / 8 * 4 + row / 8 * 2 + column % 2];
             d = (product.adds ? d : 0.0f) + sums[column];
           }
