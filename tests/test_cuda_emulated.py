@@ -179,7 +179,7 @@ BUGS = {
         EPILOGUE, "const bool has_gate = g < 4;", "const bool has_gate = g >= 4;", "grouped_random"
     ),
     "grouped: h in another order than the products": (
-        EPILOGUE, "place(a.order, int(row) + i / 2)", "int(row) + i / 2", "grouped_random"
+        EPILOGUE, "places[i / 2]", "int(row) + i / 2", "grouped_random"
     ),
     "grouped: x in another order than the products": (
         ENDS, "place(order, k)", "place(order == 4 ? 8 : 4, k)", "grouped_random"

@@ -46,9 +46,9 @@ __device__ __forceinline__ void finish_tile(const Args& a, const Tile& tile, int
       for (int i = 0; i < 2; ++i) {
         const int column = 8 * n + 2 * t + i;
         if (column >= tile.count) continue;
-        ptx::store_float4(a.y + int64_t(pairs[column]) * a.y_stride + row,
-                          {sums[0][n][i] + bias[0], sums[0][n][2 + i] + bias[1],
-                           sums[1][n][i] + bias[2], sums[1][n][2 + i] + bias[3]});
+        ptx::store16_global(a.y + int64_t(pairs[column]) * a.y_stride + row,
+                            {sums[0][n][i] + bias[0], sums[0][n][2 + i] + bias[1],
+                             sums[1][n][i] + bias[2], sums[1][n][2 + i] + bias[3]});
       }
     }
   } else {
@@ -57,6 +57,7 @@ __device__ __forceinline__ void finish_tile(const Args& a, const Tile& tile, int
     // the other.
     const bool has_gate = g < 4;
     const int64_t row = int64_t(block) * kLaneSet + g % 4 * 4 + (has_gate ? 0 : 2);
+    const int places[2] = {place(a.order, int(row)), place(a.order, int(row) + 1)};
     float gate_bias[2] = {}, up_bias[2] = {};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -76,7 +77,7 @@ __device__ __forceinline__ void finish_tile(const Args& a, const Tile& tile, int
         if (column >= tile.count) continue;
         const float gate = (has_gate ? mine : other) + gate_bias[i / 2];
         const float up = (has_gate ? other : mine) + up_bias[i / 2];
-        a.h[int64_t(pairs[column]) * a.h_stride + place(a.order, int(row) + i / 2)] =
+        a.h[int64_t(pairs[column]) * a.h_stride + places[i / 2]] =
             ptx::float_to_bf16(activate(set.activation, gate, up, set.alpha, set.limit));
       }
     }

@@ -40,6 +40,13 @@ __device__ __forceinline__ void store_float4(float* address, float4 value) {
   *reinterpret_cast<float4*>(address) = value;
 }
 
+// To global memory, in one piece: left alone, the compiler may store sums one by one.
+__device__ __forceinline__ void store16_global(float* address, float4 value) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(value.x),
+               "f"(value.y), "f"(value.z), "f"(value.w)
+               : "memory");
+}
+
 __device__ __forceinline__ uint4 load_uint4(const void* address) {
   return *reinterpret_cast<const uint4*>(address);
 }

@@ -141,6 +141,8 @@ inline float4 load_float4(const float* address) { return *aligned<float4>(addres
 inline void store_float4(float* address, float4 value) {
   *const_cast<float4*>(aligned<float4>(address, "store_float4")) = value;
 }
+inline void store16_global(float* address, float4 value) { store_float4(address, value); }
+
 inline uint4 load_uint4(const void* address) { return *aligned<uint4>(address, "load_uint4"); }
 
 inline uint2 load_uint2(const void* address) { return *aligned<uint2>(address, "load_uint2"); }
