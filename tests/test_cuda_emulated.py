@@ -4,6 +4,7 @@ same sources with a bug planted in them do not, so what passes here means someth
 
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -338,6 +339,14 @@ def test_kernels_and_host_side_are_right(test: str, build: Build, tmp_path: Path
         done = run([str(program), "--seed", seed], 120)
         assert done.returncode == 0, done.stdout + done.stderr
         assert " 0 failures" in done.stdout
+
+
+@pytest.mark.slow
+def test_every_line_of_kernel_code_is_run() -> None:
+    if shutil.which("gcov") is None:
+        pytest.skip("gcov is not installed")
+    done = run([sys.executable, str(EMULATOR / "coverage.py")], 1800)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("test", TESTS)

@@ -159,7 +159,7 @@ inline float token_element(uint64_t descriptor, int row, int k) {
   at ^= (at >> 7 & 7) << 4;
   emu::Block& block = *emu::current->block;
   if (at + 2 > block.shared->bytes()) emu::grid->fail("wgmma_bf16: tokens past shared memory");
-  if (block.unfenced[at / 16] >= 0) {
+  if (!block.unfenced.empty() && block.unfenced[at / 16] >= 0) {
     emu::grid->fail("wgmma_bf16: reads what was written without fence_for_async after it");
   }
   uint16_t bits;
