@@ -214,7 +214,7 @@ BUGS = {
         "wgmma_rows_longer"
     ),
     "wgmma: fewer bytes are expected than come": (
-        HOPPER, "barrier_arrive_expecting(full, bytes)", "barrier_arrive_expecting(full, bytes - 16)",
+        HOPPER, "arrive_expecting(full, bytes)", "arrive_expecting(full, bytes - 16)",
         "wgmma_random"
     ),
     "wgmma: the parity does not change": (HOPPER, "parity ^= 1;", "", "wgmma_rows_longer"),
@@ -362,7 +362,9 @@ def test_calls_larger_than_the_workspace_go_in_runs(
 def test_a_planted_bug_is_found(bug: str, build: Build, tmp_path: Path) -> None:
     name, old, new, case = BUGS[bug]
     changes = [(name, old, new)] + ([SMALL_WORKSPACE] if name == CALL else [])
-    test = "packed_test.cpp" if case.startswith(("stream", "grouped", "wgmma")) else "experts_test.cpp"
+    test = (
+        "packed_test.cpp" if case.startswith(("stream", "grouped", "wgmma")) else "experts_test.cpp"
+    )
     program = build.program_with(changes, tmp_path, test)
     for seed in ("0", "1"):
         done = run([str(program), "--stop", "--seed", seed, case], 120)

@@ -225,7 +225,8 @@ import torch
 from gpu_check.triton_moe import fused_moe
 
 torch.manual_seed(0)
-for tokens, experts, top_k, hidden, inner in ((3, 5, 2, 72, 40), (40, 1, 1, 64, 64), (70, 2, 2, 80, 96)):
+SHAPES = (3, 5, 2, 72, 40), (40, 1, 1, 64, 64), (70, 2, 2, 80, 96)
+for tokens, experts, top_k, hidden, inner in SHAPES:
     x = torch.randn(tokens, hidden).bfloat16()
     w13 = torch.randn(experts, 2 * inner, hidden).bfloat16() / hidden**0.5
     w2 = torch.randn(experts, hidden, inner).bfloat16() / inner**0.5

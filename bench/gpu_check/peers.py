@@ -24,7 +24,7 @@ def make(name: str, shape: Shape, weights: Problem) -> Run | None:
 
 
 def _hugging_face(implementation: str) -> Callable[[Shape, Problem], Run | None]:
-    """transformers' module; its grouped_mm is torch's, its batched_mm copies every pair's weights."""
+    """transformers' module: grouped_mm is torch's, batched_mm copies every pair's weights."""
 
     def make(shape: Shape, w: Problem) -> Run | None:
         if HF_GROUPED_MM.absent() is not None:

@@ -88,9 +88,7 @@ class _Probe:
         torch.cuda.synchronize()
         read_seconds = self._load().read_seconds
         read_seconds.restype = ctypes.c_double
-        seconds = read_seconds(
-            ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(BYTES)
-        )
+        seconds = read_seconds(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(BYTES))
         return BYTES / _positive(seconds) / 1e12
 
     def mma_sync(self) -> float:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fused experts layer in Triton, bf16, as textbooks have it: the peer that needs nothing but torch
-and triton. Pairs (token, slot) are sorted by expert and cut into tiles of one expert; one kernel
+"""A fused experts layer in Triton, bf16, as textbooks have it: the peer that needs but torch and
+triton. Pairs (token, slot) are sorted by expert and cut into tiles of one expert; one kernel
 multiplies with w13 and applies silu, one multiplies with w2 and the routing weight; torch adds the
 slots. Blocks are chosen by the mean number of pairs an expert, not tuned for a card.
 
@@ -71,9 +71,7 @@ def _down(
             h + at[:, None].to(tl.int64) * inner + begin + k[None, :],
             mask=(at < end)[:, None] & inside[None, :], other=0.0,
         )  # fmt: skip
-        b = tl.load(
-            w + begin + k[:, None], mask=inside[:, None] & (j < hidden)[None, :], other=0.0
-        )
+        b = tl.load(w + begin + k[:, None], mask=inside[:, None] & (j < hidden)[None, :], other=0.0)
         sums = tl.dot(a, b, sums)
     sums *= tl.load(weights + pair, mask=at < end, other=0.0)[:, None]
     tl.store(

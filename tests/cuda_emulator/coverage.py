@@ -28,9 +28,7 @@ FLAGS = (
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run(
-        [*map(str, command)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{command[0]} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.stdout
