@@ -72,6 +72,7 @@ struct ExpertSet {
   // GPUs only, written by cuda::make_table.
   uint64_t* bad_id = nullptr;     // where a kernel reports an id that names no expert
   bool rows_are_aligned = false;  // every row of every expert starts at a multiple of 16 bytes
+  int32_t capability = 0;         // of the device: 90 is compute capability 9.0
 };
 
 // One call. Everything is row-major; hidden_states and out have contiguous rows.

@@ -4,6 +4,7 @@ same sources with a bug planted in them do not, so what passes here means someth
 
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ TESTS = ("experts_test.cpp", "packed_test.cpp")  # weights as they lie, packed w
 GXX = shutil.which("g++")
 FLAGS = (
     *("-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-    '-DEXPERTYARD_CUDA_ARCHS="80-real"',
+    *('-DEXPERTYARD_CUDA_ARCHS="80-real"', "-DEXPERTYARD_HOPPER=1"),
 )
 
 pytestmark = pytest.mark.skipif(GXX is None, reason="g++ is not installed")
@@ -26,17 +27,20 @@ pytestmark = pytest.mark.skipif(GXX is None, reason="g++ is not installed")
 # what all packed formats share is compiled into int4's kernels alone.
 ROWS, TILES, CALL = "experts_rows.cuh", "experts_tiles.cuh", "experts.cu"
 STREAM, GROUPED, CHUNK, ROUTING = "stream.cuh", "grouped.cuh", "chunk.cuh", "routing.cuh"
-ENDS = "grouped_ends.cuh"
+ENDS, EPILOGUE, HOPPER = "grouped_ends.cuh", "grouped_epilogue.cuh", "hopper.cuh"
 COMPILED_IN = {
     ROWS: "experts_rows.cu",
     TILES: "experts_tiles.cu",
     STREAM: "packed_int4.cu",
     GROUPED: "packed_int4.cu",
+    EPILOGUE: "packed_int4.cu",
     CHUNK: "packed_int4.cu",
     "scale.cuh": "packed_int4.cu",
     "format.cuh": "packed_int4.cu",
-    ROUTING: "grouped.cu",
-    ENDS: "grouped.cu",
+    HOPPER: "hopper_int4.cu",
+    "wgmma.cuh": "hopper_int4.cu",
+    ROUTING: "grouped_run.cu",
+    ENDS: "grouped_run.cu",
     **{f"formats/{f}.cuh": f"packed_{f}.cu" for f in ("bf16", "int8", "fp8", "int4", "mxfp4")},
 }
 BUGS = {
@@ -173,16 +177,72 @@ BUGS = {
         GROUPED, "copy_wait_for(a.stages - 2)", "copy_wait_for(a.stages - 1)", "grouped_random"
     ),
     "grouped: gate and up change places": (
-        GROUPED, "const bool has_gate = g < 4;", "const bool has_gate = g >= 4;", "grouped_random"
+        EPILOGUE, "const bool has_gate = g < 4;", "const bool has_gate = g >= 4;", "grouped_random"
     ),
     "grouped: h in another order than the products": (
-        GROUPED, "place(a.order, int(row) + i / 2)", "int(row) + i / 2", "grouped_random"
+        EPILOGUE, "places[i / 2]", "int(row) + i / 2", "grouped_random"
     ),
     "grouped: x in another order than the products": (
         ENDS, "place(order, k)", "place(order == 4 ? 8 : 4, k)", "grouped_random"
     ),
     "grouped: no barrier before the slots are used": (
         ENDS, "__syncthreads();  // slots are known", "//", "grouped_random"
+    ),
+    "wgmma: no barrier before the barriers are used": (
+        HOPPER, "__syncthreads();  // the barriers are there", "//", "wgmma_random"
+    ),
+    "wgmma: a stage is used before it is whole": (
+        HOPPER, "ptx::barrier_wait(ring_.full(ring_.stage), ring_.parity);", "", "wgmma_rows_longer"
+    ),
+    "wgmma: a stage is filled before it is free": (
+        HOPPER, "if (!ptx::barrier_test(ring_.empty(ring_.stage), ring_.parity ^ 1)) {",
+        "if (false) {", "wgmma_rows_longer"
+    ),
+    "wgmma: a stage is given back before the products are done": (
+        HOPPER, "load_two_scales(head, group, j, scales);\n        ptx::wgmma_wait<0>();",
+        "load_two_scales(head, group, j, scales);", "wgmma_rows_longer"
+    ),
+    "wgmma: the weights of a product are not in order before it": (
+        HOPPER, "F::pair(high, slice, 1)};\n          ptx::wgmma_fence();",
+        "F::pair(high, slice, 1)};", "wgmma_random"
+    ),
+    "wgmma: tokens are told of without a fence": (
+        HOPPER, "ptx::fence_for_async();", "", "wgmma_random"
+    ),
+    "wgmma: a copy of tokens is not waited for": (
+        HOPPER, "ptx::copy_wait<kOpenCopies>();", "ptx::copy_wait<kOpenCopies + 1>();",
+        "wgmma_rows_longer"
+    ),
+    "wgmma: fewer bytes are expected than come": (
+        HOPPER, "arrive_expecting(full, bytes)", "arrive_expecting(full, bytes - 16)",
+        "wgmma_random"
+    ),
+    "wgmma: the parity does not change": (HOPPER, "parity ^= 1;", "", "wgmma_rows_longer"),
+    "wgmma: tokens are not swizzled": (
+        "wgmma.cuh", "(piece ^ row % kPanelRows)", "piece", "wgmma_random"
+    ),
+    "wgmma: the tokens of another slice": (
+        HOPPER, "slice % 4 * 32", "slice % 2 * 32", "wgmma_random"
+    ),
+    "wgmma: rows change places": (
+        HOPPER, "rows[i] = high ? w[i ^ 2] : w[i];", "rows[i] = w[i];", "wgmma_random"
+    ),
+    "wgmma: the scales of the other half of the rows": (
+        HOPPER, "lane / 4 * 4 + 2 * j;", "lane / 4 * 4;", "wgmma_random"
+    ),
+    "wgmma: the scales of another group": (
+        HOPPER, "chunk + line * m.head_bytes + (line << m.quad_shift) * 512;", "chunk;",
+        "wgmma_every_kind"
+    ),
+    "wgmma: the end of a last chunk is not cleared": (
+        HOPPER, "        clear_end(chunk);\n", "", "wgmma_every_kind"
+    ),
+    "wgmma: the end of a row of h is not written": (
+        HOPPER, "clear(sums);  // the end of a row of h", "continue;  //", "wgmma_every_kind"
+    ),
+    "wgmma: a tile's pairs are those of another": (
+        HOPPER, "a.routing.sorted[tile.first + column] /", "a.routing.sorted[column] /",
+        "wgmma_random"
     ),
     "bf16: the wrong half": (
         "formats/bf16.cuh", "return dwords[half];", "return dwords[1 - half];", "stream_every_kind"
@@ -281,6 +341,14 @@ def test_kernels_and_host_side_are_right(test: str, build: Build, tmp_path: Path
         assert " 0 failures" in done.stdout
 
 
+@pytest.mark.slow
+def test_every_line_of_kernel_code_is_run() -> None:
+    if shutil.which("gcov") is None:
+        pytest.skip("gcov is not installed")
+    done = run([sys.executable, str(EMULATOR / "coverage.py")], 1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("test", TESTS)
 def test_calls_larger_than_the_workspace_go_in_runs(
     test: str, build: Build, tmp_path: Path
@@ -294,7 +362,9 @@ def test_calls_larger_than_the_workspace_go_in_runs(
 def test_a_planted_bug_is_found(bug: str, build: Build, tmp_path: Path) -> None:
     name, old, new, case = BUGS[bug]
     changes = [(name, old, new)] + ([SMALL_WORKSPACE] if name == CALL else [])
-    test = "packed_test.cpp" if case.startswith(("stream", "grouped")) else "experts_test.cpp"
+    test = (
+        "packed_test.cpp" if case.startswith(("stream", "grouped", "wgmma")) else "experts_test.cpp"
+    )
     program = build.program_with(changes, tmp_path, test)
     for seed in ("0", "1"):
         done = run([str(program), "--stop", "--seed", seed, case], 120)

@@ -2,19 +2,26 @@
 """bench/gpu_check.sh, but for the GPU: what it says where there is none, arguments, parts,
 resuming, the results file, and the random packed weights that it measures with."""
 
+import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import expertyard as ey
+from expertyard.bench.shapes import Shape
 from expertyard.formats import get_format
 from expertyard.packing import packed_bytes, scale_type_of
+from expertyard.testing import Problem
 from expertyard.weights import Blobs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +29,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 from gpu_check import __main__ as command  # noqa: E402
 from gpu_check import parts, probes  # noqa: E402
-from gpu_check.layers import random_blob  # noqa: E402
+from gpu_check.layers import checked_peer, random_blob  # noqa: E402
 from gpu_check.run import run_parts  # noqa: E402
 from gpu_check.state import State  # noqa: E402
 
@@ -155,7 +162,88 @@ def test_a_file_of_another_machine_is_not_mixed_up(tmp_path: Path) -> None:
 
 
 def test_every_ceiling_has_a_name_without_a_gpu() -> None:
-    assert {"copy_tb_per_s", "read_tb_per_s", "mma_sync_bf16_tflops"} <= {*probes.ceilings(None)}
+    ada, hopper = (probes.ceilings(SimpleNamespace(major=m, minor=9 * (m == 8))) for m in (8, 9))
+    assert {"copy_tb_per_s", "read_tb_per_s", "mma_sync_bf16_tflops"} <= {*ada}
+    assert {*hopper} - {*ada} == {"wgmma_bf16_tflops"}
+
+
+@pytest.mark.parametrize(("major", "minor"), [(8, 9), (9, 0)])
+def test_the_probe_compiles(major: int, minor: int, tmp_path: Path) -> None:
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    command = [nvcc, *probes.flags(major, minor), "-cubin", str(probes.PROBE)]
+    done = subprocess.run(
+        [*command, "-Xptxas=-v", "-o", str(tmp_path / "probe.cubin")],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "serialized" not in done.stderr  # wgmma, one after the other
+    assert len(re.findall(" 0 bytes spill stores", done.stderr)) == (3 if major == 9 else 2)
+
+
+SMALL = Shape("small", 5, 2, 96, 64)
+SMALL_WITH_BIAS = Shape("small with bias", 5, 2, 96, 64, activation="swigluoai", bias=True)
+
+
+def weights_of(shape: Shape) -> Problem:
+    e, h, i = shape.num_experts, shape.hidden_size, shape.intermediate_size
+    nothing, bias = torch.empty(0), shape.bias
+    return Problem(
+        nothing, nothing, nothing,
+        torch.randn(e, 2 * i, h).bfloat16() / h**0.5, torch.randn(e, h, i).bfloat16() / i**0.5,
+        torch.randn(e, 2 * i) if bias else None, torch.randn(e, h) if bias else None,
+        shape.activation, interleaved=bias,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["hf_grouped_mm", "hf_batched_mm"])
+@pytest.mark.parametrize("shape", [SMALL, SMALL_WITH_BIAS], ids=lambda s: s.name)
+def test_a_peer_is_right_before_it_is_timed(name: str, shape: Shape) -> None:
+    torch.manual_seed(0)
+    weights = weights_of(shape)
+    assert checked_peer(shape, name, weights) is not None
+    wrong = replace(weights, activation="gelu_tanh")  # what the peer does not compute
+    with pytest.raises(RuntimeError, match=f"{name} on small.*: relative error"):
+        checked_peer(shape, name, wrong)
+
+
+def test_peers_that_are_not_there_or_do_not_know_the_layer_are_left_out() -> None:
+    assert checked_peer(SMALL_WITH_BIAS, "triton_fused_moe", weights_of(SMALL_WITH_BIAS)) is None
+    if importlib.util.find_spec("vllm") is None:
+        assert checked_peer(SMALL, "vllm_fused_experts", weights_of(SMALL)) is None
+
+
+def test_the_triton_peer_is_right_in_tritons_interpreter() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", TRITON_ON_A_CPU], cwd=ROOT / "bench", capture_output=True,
+        text=True, timeout=240, env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+TRITON_ON_A_CPU = """
+import torch
+from gpu_check.triton_moe import fused_moe
+
+torch.manual_seed(0)
+SHAPES = (3, 5, 2, 72, 40), (40, 1, 1, 64, 64), (70, 2, 2, 80, 96)
+for tokens, experts, top_k, hidden, inner in SHAPES:
+    x = torch.randn(tokens, hidden).bfloat16()
+    w13 = torch.randn(experts, 2 * inner, hidden).bfloat16() / hidden**0.5
+    w2 = torch.randn(experts, hidden, inner).bfloat16() / inner**0.5
+    ids, weights = torch.randint(experts, (tokens, top_k)), torch.rand(tokens, top_k)
+    expected = torch.zeros(tokens, hidden)
+    for t in range(tokens):
+        for k in range(top_k):
+            gate, up = (w13[ids[t, k]].float() @ x[t].float()).chunk(2)
+            h = torch.nn.functional.silu(gate) * up
+            expected[t] += weights[t, k] * (w2[ids[t, k]].float() @ h)
+    error = (fused_moe(x, ids, weights, w13, w2) - expected).norm() / expected.norm()
+    assert error < 2e-2, (tokens, float(error))
+"""
 
 
 @pytest.mark.parametrize("format", [f for f in parts.FORMATS if f != "bf16-rows"])

@@ -15,21 +15,24 @@ import torch
 from torch import Tensor
 
 from expertyard import PackedExperts
-from expertyard.bench.peers import hugging_face
 from expertyard.bench.shapes import SHAPES, Shape
 from expertyard.formats import get_format
 from expertyard.packing import packed_bytes, scale_type_of
+from expertyard.reference import moe_experts_reference
 from expertyard.testing import Problem, random_ids
 from expertyard.weights import Blobs
 
+from . import peers
+
 CALLS = 16  # routings that a graph rotates over, for few tokens
 FEW_TOKENS = 64
+PEER_TOLERANCE = 2e-2  # relative L2 error of a peer's bf16 result
 STEP_BYTES = 128  # of csrc/blocks.h
 HEAD_BYTES = {"none": 0, "bf16": 64, "fp16": 64, "e8m0": 64, "fp32": 128}
 ROOT_MEAN_SQUARE = {"int8": 74.0, "int4": 4.6, "fp8": 110.0, "mxfp4": 2.9}  # of random codes
 STEP_K = {"bf16": 2, "int8": 4, "fp8": 4, "int4": 8, "mxfp4": 8}
 
-Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+Run = peers.Run
 Seconds = Callable[[Sequence[Callable[[], object]]], float]
 
 
@@ -64,7 +67,7 @@ def make(shape_name: str, contender: str, seconds: Seconds) -> Layer | None:
     shape = SHAPES[shape_name]
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    peer = contender.startswith(("hf_", "vllm_"))
+    peer = contender in peers.MAKERS
     plain = peer or contender == "bf16-rows"
     expert_bytes = (
         2 * shape.expert_params
@@ -74,7 +77,7 @@ def make(shape_name: str, contender: str, seconds: Seconds) -> Layer | None:
     if expert_bytes * shape.num_experts > 0.8 * free:
         return None
     if peer:
-        run = _peer(shape, contender)
+        run = checked_peer(shape, contender, _rows(shape))
         return run and Layer(shape, expert_bytes, run, lambda num_tokens: contender, seconds)
     packed = _rows(shape).pack() if contender == "bf16-rows" else _blocks(shape, contender)
     op = torch.ops.expertyard.moe_experts
@@ -158,19 +161,23 @@ def _blocks(shape: Shape, format: str) -> PackedExperts:
     )  # fmt: skip
 
 
-def _peer(shape: Shape, name: str) -> Run | None:
-    if name.startswith("hf_"):
-        return hugging_face(shape, _rows(shape), name.removeprefix("hf_"))
-    if shape.activation != "silu":
+def checked_peer(shape: Shape, name: str, weights: Problem) -> Run | None:
+    """The peer, once it has computed a small call right. RuntimeError if it has not."""
+    run = peers.make(name, shape, weights)
+    if run is None:
         return None
-    try:
-        from vllm.model_executor.layers.fused_moe import fused_experts
-    except ImportError:
-        return None
-    weights = _rows(shape)
-
-    def run(x: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
-        out: Tensor = fused_experts(x, weights.gate_up, weights.down, topk_weights, ids.int())
-        return out
-
+    device = weights.down.device
+    torch.manual_seed(1)
+    x = torch.randn(4, shape.hidden_size, device=device, dtype=torch.bfloat16)
+    ids = random_ids(4, shape.num_experts, shape.top_k, "uniform").to(device)
+    topk_weights = torch.rand(4, shape.top_k, device=device)
+    expected = moe_experts_reference(
+        x, ids, topk_weights, weights.gate_up, weights.down,
+        gate_up_bias=weights.gate_up_bias, down_bias=weights.down_bias,
+        activation=weights.activation, interleaved=weights.interleaved, dtype=torch.float32,
+    )  # fmt: skip
+    with torch.no_grad():
+        error = float((run(x, ids, topk_weights) - expected).norm() / expected.norm())
+    if not error <= PEER_TOLERANCE:
+        raise RuntimeError(f"{name} on {shape.name}: relative error {error:.3g} in a call of 4")
     return run

@@ -12,7 +12,7 @@ SHAPE_NAMES = ("Qwen3-30B-A3B", "gpt-oss-120b", "Mixtral-8x7B", "DeepSeek-V3")
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096, 16384)
 ROUTINGS = ("uniform", "zipf")
 FORMATS = ("bf16-rows", "bf16", "fp8", "int8", "int4-g128", "int4-g32", "mxfp4")
-PEER_NAMES = ("hf_grouped_mm", "hf_batched_mm", "vllm_fused_experts")
+PEER_NAMES = ("hf_grouped_mm", "hf_batched_mm", "triton_fused_moe", "vllm_fused_experts")
 BATCHED_MM_TOKENS = 8  # it copies the weights of every pair
 
 Save = Callable[[], None]

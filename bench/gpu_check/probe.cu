@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Two rates of a card, for gpu_check: reading memory, and mma.sync with operands in registers. A
-// negative result is minus a cudaError_t.
+// Rates of a card, for gpu_check: reading memory, mma.sync with operands in registers, and on
+// Hopper wgmma with one operand in registers and the other in shared memory. A negative result is
+// minus a cudaError_t.
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
+#if EXPERTYARD_HOPPER
+#include "wgmma.cuh"
+#endif
 
 namespace {
 
@@ -40,6 +45,37 @@ __global__ void multiply(float* sink) {
   if (sum == 12345.0f) *sink = sum;
 }
 
+#if EXPERTYARD_HOPPER
+constexpr int kWgmmaThreads = 256, kWgmmaRounds = 1024, kPanelBytes = 128 * 128;
+
+// As csrc/cuda/hopper.cuh does it: two warpgroups, 64 rows x 128 columns each at a time.
+__global__ void __launch_bounds__(kWgmmaThreads, 1) multiply_wgmma(float* sink) {
+  namespace ptx = ey::cuda::ptx;
+  char* const panel = ptx::dynamic_shared();
+  for (int i = threadIdx.x; i < kPanelBytes / 4;
+       i += kWgmmaThreads) {  // numbers around 1, no zeros
+    reinterpret_cast<uint32_t*>(panel)[i] = 0x3f803f80u ^ (i * 2654435761u & 0x807f807fu);
+  }
+  ptx::fence_for_async();
+  __syncthreads();
+  float d[16][4] = {};
+  uint32_t a[4];
+  for (int i = 0; i < 4; ++i) a[i] = 0x3f803f80u ^ ((threadIdx.x + i) * 40503u & 0x807f807fu);
+  for (int round = 0; round < kWgmmaRounds; ++round) {
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      ptx::wgmma_bf16(d, a, ptx::token_matrix(panel + 32 * i), true);
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+  }
+  float sum = 0;
+  for (int n = 0; n < 16; ++n) sum += d[n][0] + d[n][1] + d[n][2] + d[n][3];
+  if (sum == 12345.0f) *sink = sum;
+}
+#endif
+
 int blocks() {
   int device = 0, n = 0;
   cudaGetDevice(&device);
@@ -72,9 +108,8 @@ double seconds(Launch launch) {
 extern "C" double read_seconds(const void* memory, size_t bytes) {
   uint32_t* sink = nullptr;
   if (cudaError_t e = cudaMalloc(&sink, 4); e != cudaSuccess) return -double(e);
-  const double s = seconds([&] {
-    read<<<blocks() * 4, 512>>>(static_cast<const uint4*>(memory), bytes / 16, sink);
-  });
+  const double s = seconds(
+      [&] { read<<<blocks() * 4, 512>>>(static_cast<const uint4*>(memory), bytes / 16, sink); });
   cudaFree(sink);
   return s;
 }
@@ -89,3 +124,15 @@ extern "C" double mma_sync_flops() {
   const double flops = 2.0 * 16 * 8 * 16 * kAccumulators * kRounds * (kThreads / 32) * n;
   return s > 0 ? flops / s : s;
 }
+
+#if EXPERTYARD_HOPPER
+extern "C" double wgmma_flops() {
+  float* sink = nullptr;
+  if (cudaError_t e = cudaMalloc(&sink, 4); e != cudaSuccess) return -double(e);
+  const int n = blocks() * 4;  // two of them fit a multiprocessor
+  const double s = seconds([&] { multiply_wgmma<<<n, kWgmmaThreads, kPanelBytes>>>(sink); });
+  cudaFree(sink);
+  const double flops = 2.0 * 64 * 128 * 16 * 4 * kWgmmaRounds * (kWgmmaThreads / 128) * n;
+  return s > 0 ? flops / s : s;
+}
+#endif

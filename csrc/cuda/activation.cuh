@@ -7,23 +7,21 @@
 
 namespace ey::cuda {
 
+// All are g * sigmoid(z) * u, since (1 + tanh(y)) / 2 = sigmoid(2 y): one body, which kernels have
+// in many copies.
 __device__ __forceinline__ float activate(Activation kind, float gate, float up, float alpha,
                                           float limit) {
-  switch (kind) {
-    case Activation::kSiluGlu:
-      return gate / (1.0f + expf(-gate)) * up;
-    case Activation::kGeluTanhGlu: {
-      constexpr float kSqrt2OverPi = 0.7978845608028654f;
-      const float inner = kSqrt2OverPi * (gate + 0.044715f * gate * gate * gate);
-      return 0.5f * gate * (1.0f + tanhf(inner)) * up;
-    }
-    case Activation::kSwigluOai: {
-      const float g = gate > limit ? limit : gate;
-      const float u = up > limit ? limit : (up < -limit ? -limit : up);
-      return (u + 1.0f) * g / (1.0f + expf(-alpha * g));
-    }
+  constexpr float kTwoSqrt2OverPi = 1.5957691216057308f;
+  float g = gate, u = up, z = gate;
+  if (kind == Activation::kGeluTanhGlu) {
+    z = kTwoSqrt2OverPi * (gate + 0.044715f * gate * gate * gate);
   }
-  return 0.0f;
+  if (kind == Activation::kSwigluOai) {
+    g = gate > limit ? limit : gate;
+    u = (up > limit ? limit : (up < -limit ? -limit : up)) + 1.0f;
+    z = alpha * g;
+  }
+  return g / (1.0f + expf(-z)) * u;
 }
 
 }  // namespace ey::cuda

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The experts op on a GPU: which kernels, in what runs of tokens, in how much workspace.
+#include <cstdio>
+#include <cstring>
+
 #include "family_choice.cuh"
 #include "status.cuh"
 
@@ -45,8 +48,8 @@ Status prepare(int device) {
   const CurrentDevice current(device);
   if (current.error() != cudaSuccess) return cuda_failed(current.error(), "cudaSetDevice");
   const OutsideCapture outside;
-  cudaError_t error = kRows.load();
-  for (const Family* family : {&kTiles, &kStream, &kGrouped}) {
+  cudaError_t error = cudaSuccess;
+  for (const Family* family : kFamilies) {
     if (error == cudaSuccess) error = family->load();
   }
   if (error == cudaSuccess) return {};
@@ -77,7 +80,19 @@ Status moe_experts(int device, const MoeArgs& args, void* workspace, void* strea
   if (Status s = take_bad_id(set); !s.ok) return s;
   if (args.num_tokens == 0 || set.hidden_size == 0) return {};
   const Family& family = family_of(args);
+  if (forced_name() && !forced_family()) {
+    char names[128] = "";
+    for (const Family* f : kFamilies) {
+      snprintf(names + strlen(names), sizeof names - strlen(names), " %s", f->isa);
+    }
+    return failure("EXPERTYARD_CUDA_KERNELS: no CUDA kernels are called '%s'; there are:%s",
+                   forced_name(), names);
+  }
   if (!family.serves(args)) {
+    if (forced_name()) {
+      return failure("EXPERTYARD_CUDA_KERNELS: %s do not serve this call; without it %s",
+                     family.isa, "the kernels that do are chosen");
+    }
     return failure(
         "hidden_size %lld and intermediate_size %lld: no CUDA kernel serves sizes that large",
         (long long)set.hidden_size, (long long)set.intermediate_size);

@@ -17,6 +17,12 @@ struct Family {
 };
 
 extern const Family kRows, kTiles, kStream, kGrouped;
+#if EXPERTYARD_HOPPER  // this build has code for sm_90a
+extern const Family kWgmma;
+inline const Family* const kFamilies[] = {&kRows, &kTiles, &kStream, &kGrouped, &kWgmma};
+#else
+inline const Family* const kFamilies[] = {&kRows, &kTiles, &kStream, &kGrouped};
+#endif
 
 constexpr int64_t kMostGridY = 65535;
 

@@ -3,6 +3,9 @@
 // bench/gpu_check.sh times both sides of each, and this is the one place to write what it finds.
 #pragma once
 
+#include <cstdlib>
+#include <cstring>
+
 #include "family.cuh"
 
 namespace ey::cuda {
@@ -15,12 +18,31 @@ struct Border {
   // Packed: the stream kernel has each warp copy tokens for itself, the grouped one has them copied
   // once for 8 warps. At 8 pairs an expert the former's copies are as many bytes as int4 weights.
   static constexpr int64_t kGroupedPairs = 8;
+  // Packed, on Hopper: a tile of the wgmma kernel has 128 pairs, one of the mma kernel 64 at 0.6 of
+  // the rate. With fewer pairs both wait for weights, and the wider one multiplies zeros.
+  static constexpr int64_t kWgmmaPairs = 64;
 };
 
+// EXPERTYARD_CUDA_KERNELS=cuda_grouped, say, gives every call to that family, to compare families
+// and to go round a fault. Null: not set, or no such family (moe_experts then says so).
+inline const char* forced_name() { return std::getenv("EXPERTYARD_CUDA_KERNELS"); }
+inline const Family* forced_family() {
+  const char* const name = forced_name();
+  for (const Family* family : kFamilies) {
+    if (name && std::strcmp(family->isa, name) == 0) return family;
+  }
+  return nullptr;
+}
+
 inline const Family& family_of(const MoeArgs& args) {
+  if (const Family* forced = forced_family()) return *forced;
   const int64_t pairs = args.num_tokens * args.top_k, experts = args.set->num_experts;
   if (args.set->layout == Layout::kBlocks) {
-    return pairs <= Border::kGroupedPairs * experts && kStream.serves(args) ? kStream : kGrouped;
+    if (pairs <= Border::kGroupedPairs * experts && kStream.serves(args)) return kStream;
+#if EXPERTYARD_HOPPER
+    if (pairs > Border::kWgmmaPairs * experts && kWgmma.serves(args)) return kWgmma;
+#endif
+    return kGrouped;
   }
   return pairs > Border::kTilesPairs * experts && kTiles.serves(args) ? kTiles : kRows;
 }

@@ -12,7 +12,8 @@
 //   tokens     the same k of a token: b[2 * slice + half]. row points to the first k of the quads;
 //              kOrdered: values lie where place(kOrder, k) says, which spares the shuffling
 //   kMostBlocks  blocks of 8 columns that a warp of the grouped kernel has sums for
-//   kOrder     the run of k in which ordered values change places
+//   kOrder     the run of k in which ordered values change places, for mma; for wgmma it follows
+//              from kStepK
 // Products are of bf16 by bf16, exact in fp32: integer codes meet activations as they are.
 #pragma once
 
@@ -50,7 +51,21 @@ __device__ __forceinline__ void tokens_of_8(const char* row, int t, uint32_t (&b
 }
 // Where value k of a row of ordered tokens lies. Runs of 4 and 8 k: the pairs above, one behind the
 // other. Runs of 16, for formats whose dword is a pair: what a lane takes of two quads.
+//
+// wgmma takes tokens from shared memory as they lie: 16 k, of which lane t's weights are 2 t, 2 t +
+// 1 and 8 + 2 t, 9 + 2 t. kWgmmaOrder + k of a step: where those pairs are of step t of a quad.
+constexpr int kWgmmaOrder = 64;
+constexpr int kLongestRun = 32;  // of any order
+
+__host__ __device__ __forceinline__ int place_for_wgmma(int step_k, int k) {
+  if (step_k == 2) return k;  // steps are pairs, two quads are 16 k
+  const int run = 4 * step_k, t = k % run / step_k, i = k % step_k;
+  return k - k % run + (step_k == 4 ? i % 2 * 8 + i / 2 : i % 2 * 16 + i / 4 * 8 + i / 2 % 2) +
+         2 * t;
+}
+
 __host__ __device__ __forceinline__ int place(int order, int k) {
+  if (order > kWgmmaOrder) return place_for_wgmma(order - kWgmmaOrder, k);
   const int i = k % order;
   return k - i +
          (order == 4   ? i % 2 * 2 + i / 2

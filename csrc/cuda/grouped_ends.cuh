@@ -7,12 +7,12 @@
 #pragma once
 
 #include "format.cuh"
+#include "grouped_run.cuh"
 #include "routing.cuh"
 
 namespace ey::cuda::grouped {
 
 constexpr int kPrepareThreads = 1024;
-constexpr int kCombineThreads = 256;
 
 // Grid: 1 + as many as share the rows of x.
 __global__ void __launch_bounds__(kPrepareThreads)

@@ -9,6 +9,7 @@ namespace ey::cuda {
 struct Limits {
   int multiprocessors;
   int shared_bytes;  // that a block may have
+  int capability;    // 90 is 9.0
 };
 
 // Of the current device.
@@ -22,6 +23,14 @@ inline cudaError_t limits(Limits* out) {
     error =
         cudaDeviceGetAttribute(&out->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
+  int major = 0, minor = 0;
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  }
+  out->capability = 10 * major + minor;
   return error;
 }
 

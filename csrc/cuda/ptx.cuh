@@ -19,7 +19,7 @@ namespace ey::cuda::ptx {
 
 // The block's dynamic shared memory. There is no static shared memory in these kernels.
 __device__ __forceinline__ char* dynamic_shared() {
-  extern __shared__ __align__(128) char shared_memory[];
+  extern __shared__ __align__(1024) char shared_memory[];
   return shared_memory;
 }
 
@@ -38,6 +38,13 @@ __device__ __forceinline__ float4 load_float4(const float* address) {
 
 __device__ __forceinline__ void store_float4(float* address, float4 value) {
   *reinterpret_cast<float4*>(address) = value;
+}
+
+// To global memory, in one piece: left alone, the compiler may store sums one by one.
+__device__ __forceinline__ void store16_global(float* address, float4 value) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(value.x),
+               "f"(value.y), "f"(value.z), "f"(value.w)
+               : "memory");
 }
 
 __device__ __forceinline__ uint4 load_uint4(const void* address) {

@@ -34,6 +34,22 @@ __device__ __forceinline__ void load_scales(const char* from, ScaleType type, fl
   }
 }
 
+// 2 of them: scales of rows row, row + 1, which is even.
+__device__ __forceinline__ void load_scale_pair(const char* from, int row, ScaleType type,
+                                                float (&out)[2]) {
+  if (type == ScaleType::kFp32) {
+    const uint2 v = ptx::load_uint2(from + 4 * row);
+    out[0] = float_of_bits(v.x), out[1] = float_of_bits(v.y);
+    return;
+  }
+  const uint32_t v = ptx::load_uint(from + 2 * row);
+  if (type == ScaleType::kBf16) {
+    Bf16::unpack(v, out);
+  } else {
+    Fp16::unpack(v, out);
+  }
+}
+
 __device__ __forceinline__ void load_e8m0(const char* from, float (&out)[4]) {
   const uint32_t v = ptx::load_uint(from);
   for (int i = 0; i < 4; ++i) out[i] = e8m0_value(v >> 8 * i & 0xff);

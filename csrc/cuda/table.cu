@@ -3,6 +3,7 @@
 #include <initializer_list>
 
 #include "bad_id.cuh"
+#include "limits.cuh"
 #include "status.cuh"
 
 namespace ey::cuda {
@@ -26,6 +27,8 @@ Status make_table(int device, const ExpertPointers* experts, ExpertSet* set) {
   const CurrentDevice current(device);
   if (current.error() != cudaSuccess) return cuda_failed(current.error(), "cudaSetDevice");
   const OutsideCapture outside;
+  Limits limit{};
+  if (cudaError_t e = limits(&limit); e != cudaSuccess) return cuda_failed(e, "asking the device");
 
   const size_t bytes = sizeof(ExpertPointers) * size_t(set->num_experts);
   void* table = nullptr;
@@ -49,6 +52,7 @@ Status make_table(int device, const ExpertPointers* experts, ExpertSet* set) {
   set->bad_id = static_cast<uint64_t*>(word);
   *set->bad_id = 0;
   set->rows_are_aligned = rows_are_aligned(experts, set->num_experts, *set);
+  set->capability = limit.capability;
   return {};
 }
 

@@ -141,10 +141,21 @@ inline float4 load_float4(const float* address) { return *aligned<float4>(addres
 inline void store_float4(float* address, float4 value) {
   *const_cast<float4*>(aligned<float4>(address, "store_float4")) = value;
 }
+inline void store16_global(float* address, float4 value) { store_float4(address, value); }
+
 inline uint4 load_uint4(const void* address) { return *aligned<uint4>(address, "load_uint4"); }
 
 inline uint2 load_uint2(const void* address) { return *aligned<uint2>(address, "load_uint2"); }
 inline uint32_t load_uint(const void* address) { return *aligned<uint32_t>(address, "load_uint"); }
+
+// Notes 16 bytes of shared memory that wgmma may read only after this thread's fence_for_async.
+inline void written_by_threads(const char* to) {
+  emu::Block& block = *emu::current->block;
+  if (block.unfenced.empty()) return;
+  const auto piece = uint32_t(to - block.shared->data()) / 16;
+  block.unfenced[piece] = emu::current->linear;
+  emu::current->written.push_back(piece);
+}
 
 // The destination is poisoned now and written at the wait, so reading it too early shows.
 inline void copy16_async(void* shared, const void* from, bool valid) {
@@ -176,6 +187,7 @@ inline void copy_wait_for(int open) {
     for (const emu::AsyncCopy& copy : groups.front()) {
       std::memcpy(copy.to, copy.from, copy.from_bytes);
       std::memset(copy.to + copy.from_bytes, 0, copy.bytes - copy.from_bytes);
+      written_by_threads(copy.to);
     }
     groups.erase(groups.begin());
   }

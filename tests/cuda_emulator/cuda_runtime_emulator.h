@@ -24,6 +24,8 @@ enum cudaError_t {
 using cudaStream_t = void*;
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
@@ -43,7 +45,7 @@ struct Machine {
   int driver_version = 13000;             // 0: none
   cudaError_t count_error = cudaSuccess;  // of cudaGetDeviceCount
   int devices = 1;
-  int major = 9, minor = 0;
+  int major = 8, minor = 6;
   bool has_code = true;               // this build has code for that capability
   int most_shared_bytes = 99 * 1024;  // of a block: what the smallest cards give
   std::map<const void*, int> shared_bytes_of;
@@ -114,8 +116,19 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? emu::machine.multiprocessors
-                                                       : emu::machine.most_shared_bytes;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = emu::machine.multiprocessors;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = emu::machine.major;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = emu::machine.minor;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = emu::machine.most_shared_bytes;
+  }
   return emu::machine.count_error;
 }
 inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {

@@ -616,4 +616,203 @@ TEST(grouped_random_problems) {
   }
 }
 
+// Hopper: a machine with its instructions and shared memory, and kernels forced, since these calls
+// are far smaller than those that would get them.
+class OnHopper {
+ public:
+  OnHopper() {
+    emu::machine.major = 9;
+    emu::machine.minor = 0;
+    emu::machine.most_shared_bytes = 227 * 1024;
+    emu::machine.multiprocessors = 2;
+    setenv("EXPERTYARD_CUDA_KERNELS", "cuda_wgmma", 1);
+  }
+  ~OnHopper() { unsetenv("EXPERTYARD_CUDA_KERNELS"); }
+};
+
+TEST(wgmma_every_kind_of_packing) {
+  const OnHopper hopper;
+  for (const Kind& kind : kinds()) {
+    if (kind.packing.zeros) continue;
+    for (int hidden : {264, 133}) {
+      Shape s;
+      s.format = kind.format;
+      s.packing = kind.packing;
+      s.tokens = 5;
+      s.num_experts = hidden == 264 ? 1 : 2;
+      s.hidden = hidden;  // 133: rows of x are no multiples of 16 bytes
+      s.intermediate = hidden == 264 ? 40 : 200;
+      s.sentinels = false;
+      CHECK(Problem(s, 1).isa() == "cuda_wgmma");
+      run_and_check(s);
+    }
+  }
+}
+
+TEST(wgmma_rows_longer_than_the_ring) {
+  const OnHopper hopper;
+  for (const Kind& kind : formats()) {
+    Shape s;
+    s.format = kind.format;
+    s.packing = kind.packing;
+    s.packing.zeros = false;
+    s.tokens = 3;
+    s.top_k = 1;
+    s.num_experts = 1;
+    s.hidden = 1400;  // of bf16 22 chunks, of 4 bits 11: every stage of the ring twice and more
+    s.intermediate = 24;
+    s.sentinels = false;
+    run_and_check(s);
+  }
+}
+
+TEST(wgmma_every_type_and_activation) {
+  const OnHopper hopper;
+  for (const Kind& kind : formats()) {
+    for (DType hidden : {DType::kBF16, DType::kF16, DType::kF32}) {
+      for (bool bias : {false, true}) {
+        Shape s;
+        s.format = kind.format;
+        s.packing = kind.packing;
+        s.packing.zeros = false;
+        s.tokens = 9;
+        s.num_experts = 2;
+        s.hidden_dtype = hidden;
+        s.activation = Activation(int(hidden));
+        s.bias = bias;
+        s.ids_are_int64 = bias;
+        run_and_check(s);
+      }
+    }
+  }
+}
+
+TEST(wgmma_tiles_and_items) {
+  const OnHopper hopper;
+  for (const Kind& kind : formats()) {
+    for (int tokens : {0, 1, 127, 129, 300}) {
+      Shape s;
+      s.format = kind.format;
+      s.packing = kind.packing;
+      s.packing.zeros = false;
+      s.tokens = tokens;
+      s.top_k = 1;
+      s.num_experts = tokens == 300 ? 3 : 1;
+      s.hidden = 72;
+      s.intermediate = tokens == 127 ? 300 : 24;  // more than one row of blocks
+      s.nulls = tokens == 300;
+      run_and_check(s);
+    }
+  }
+}
+
+TEST(wgmma_edge_shapes) {
+  const OnHopper hopper;
+  const int sizes[][2] = {{1, 1}, {3, 40}, {40, 3}, {1030, 24}, {72, 1305}, {2880, 16}};
+  for (const Kind& kind : formats()) {
+    for (const auto& [hidden, intermediate] : sizes) {
+      Shape s;
+      s.format = kind.format;
+      s.packing = kind.packing;
+      s.packing.zeros = false;
+      s.tokens = 2;
+      s.hidden = hidden;
+      s.intermediate = intermediate;
+      s.hidden_dtype = DType::kF32;
+      run_and_check(s);
+    }
+  }
+}
+
+TEST(wgmma_the_schedule_does_not_change_a_bit) {
+  const OnHopper hopper;
+  for (const Kind& kind : formats()) {
+    Shape s;
+    s.format = kind.format;
+    s.packing = kind.packing;
+    s.packing.zeros = false;
+    s.tokens = 12;
+    s.num_experts = 2;
+    const uint64_t seed = emu::options.seed;
+    Problem problem(s, seed);
+    CHECK(problem.run().ok);
+    const std::vector<char> first = problem.result();
+    for (uint64_t other = 1; other <= 3; ++other) {
+      emu::options.seed = seed + other;
+      emu::machine.multiprocessors = 1 + int(other);
+      CHECK(problem.run().ok);
+      CHECK(problem.result() == first);
+    }
+    emu::options.seed = seed;
+  }
+}
+
+TEST(wgmma_an_id_out_of_range_makes_its_row_nan_and_is_reported_once) {
+  const OnHopper hopper;
+  Shape s;
+  s.hidden_dtype = DType::kF16;
+  Problem problem(s, emu::options.seed);
+  problem.set_id(3, -2);  // token 1
+  CHECK(problem.run().ok);
+  problem.check({1});
+  const ey::Status next = problem.run();
+  CHECK(!next.ok);
+  check_contains(next.what, "at token 1");
+}
+
+TEST(wgmma_random_problems) {
+  const OnHopper hopper;
+  std::mt19937_64 random(emu::options.seed + 97);
+  const auto pick = [&](int low, int high) {
+    return low + int(random() % uint64_t(high - low + 1));
+  };
+  const std::vector<Kind> all = kinds();
+  for (int i = 0; i < 20; ++i) {
+    const Kind& kind = all[random() % all.size()];
+    Shape s;
+    s.format = kind.format;
+    s.packing = kind.packing;
+    s.packing.zeros = false;
+    s.tokens = pick(1, 90);
+    s.top_k = pick(1, 4);
+    s.num_experts = pick(1, 5);
+    s.hidden = pick(1, 600);
+    s.intermediate = pick(1, 200);
+    s.hidden_dtype = DType(random() % 3);
+    s.bias = random() % 2;
+    s.ids_are_int64 = random() % 2;
+    s.nulls = random() % 2;
+    s.sentinels = random() % 2;
+    s.out_is_fp32 = random() % 2;
+    run_and_check(s);
+  }
+}
+
+TEST(kernels_are_chosen_by_the_card_and_by_name) {
+  Shape s;
+  s.tokens = 200;
+  s.num_experts = 2;
+  s.hidden = s.intermediate = 16;
+  const auto chosen = [&] { return Problem(s, 1).isa(); };
+  CHECK(chosen() == "cuda_grouped");  // not a Hopper
+  emu::machine.major = 9;
+  emu::machine.minor = 0;
+  emu::machine.most_shared_bytes = 227 * 1024;
+  CHECK(chosen() == "cuda_wgmma");
+  s.packing.zeros = true;
+  CHECK(chosen() == "cuda_grouped");
+  s.packing.zeros = false;
+  s.tokens = 60;  // 60 pairs an expert: a narrower tile does
+  CHECK(chosen() == "cuda_grouped");
+  setenv("EXPERTYARD_CUDA_KERNELS", "cuda_wgmma", 1);
+  CHECK(chosen() == "cuda_wgmma");
+  s.packing.zeros = true;
+  check_contains(Problem(s, 1).run().what, "cuda_wgmma do not serve this call");
+  setenv("EXPERTYARD_CUDA_KERNELS", "cuda_fast", 1);
+  check_contains(Problem(s, 1).run().what,
+                 "no CUDA kernels are called 'cuda_fast'; there are: cuda_rows cuda_tiles "
+                 "cuda_stream cuda_grouped cuda_wgmma");
+  unsetenv("EXPERTYARD_CUDA_KERNELS");
+}
+
 int main(int argc, char** argv) { return testing::main_of(argc, argv); }

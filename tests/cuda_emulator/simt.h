@@ -18,6 +18,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -70,6 +71,14 @@ struct AsyncCopy {
   unsigned bytes, from_bytes;  // the rest is zeros
 };
 
+// One wgmma of one lane: its sums and weights, and the descriptor of the tokens.
+struct Wgmma {
+  float* d;
+  uint32_t a[4];
+  uint64_t tokens;
+  bool adds;
+};
+
 struct Block;
 
 struct Thread {
@@ -80,6 +89,11 @@ struct Thread {
   bool done = false, blocked = false;
   std::vector<AsyncCopy> uncommitted;
   std::vector<std::vector<AsyncCopy>> groups;
+  std::vector<Wgmma> wgmma;
+  std::vector<std::vector<Wgmma>> wgmma_groups;
+  size_t wgmma_count = 0;
+  bool wgmma_fenced = false;
+  std::vector<uint32_t> written;  // 16-byte pieces of shared memory, since its last fence
 };
 
 // A block's dynamic shared memory: its last byte is the last before a page that faults, and all of
@@ -120,6 +134,11 @@ struct Block {
   std::vector<Meeting> warps;
   NamedBarrier barriers[16];
   std::unique_ptr<SharedMemory> shared;
+  std::vector<std::function<void()>> bulk_copies;  // under way
+  // By 16-byte piece of shared memory: the thread that wrote it, whom wgmma must not overtake; -1.
+  // Empty until the block sets barriers.
+  std::vector<int> unfenced;
+  std::map<size_t, std::vector<uint64_t>> wgmma_issued;  // descriptors, by warpgroup
   int alive = 0;
 };
 
@@ -188,6 +207,7 @@ class Grid {
     last_progress_ = steps;
   }
   bool chance(unsigned one_in) { return random_() % one_in == 0; }
+  size_t below(size_t n) { return size_t(random_() % n); }
   [[noreturn]] void fail(const std::string& what) {
     const dim3 b = current->block->index;
     if (failure_.empty()) {
@@ -205,6 +225,9 @@ class Grid {
       grid->body_();
       if (!current->uncommitted.empty() || !current->groups.empty()) {
         grid->fail("exits with cp.async copies that it has not waited for");
+      }
+      if (!current->wgmma.empty() || !current->wgmma_groups.empty()) {
+        grid->fail("exits with wgmma that it has not waited for");
       }
     } catch (const std::exception& e) {
       grid->fail(e.what());
@@ -239,6 +262,11 @@ class Grid {
       t->done = t->blocked = false;
       t->uncommitted.clear();
       t->groups.clear();
+      t->wgmma.clear();
+      t->wgmma_groups.clear();
+      t->wgmma_count = 0;
+      t->wgmma_fenced = false;
+      t->written.clear();
       t->fiber.start(entry);
       ready_.push_back(t.get());
       block->threads.push_back(std::move(t));
@@ -273,6 +301,7 @@ class Grid {
     for (const Meeting& w : block.warps) {
       if (w.arrived) failure_ = std::string("threads exited while others wait in ") + w.name;
     }
+    if (!block.bulk_copies.empty()) failure_ = "the block ended with bulk copies under way";
     if (!block.shared->rim_is_whole()) failure_ = "shared memory was written past its end";
   }
 

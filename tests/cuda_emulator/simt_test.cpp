@@ -2,6 +2,7 @@
 // The emulator itself: right code gives right numbers under every schedule, and each kind of
 // mistake that it promises to find is reported by name.
 #include "testing.h"
+#include "wgmma.cuh"
 
 using testing::check_contains;
 
@@ -185,6 +186,142 @@ TEST(mma_multiplies_small_integers_exactly) {
       CHECK(d[row][column] == sum);
     }
   }
+}
+
+namespace {
+
+namespace ptx = ey::cuda::ptx;
+
+constexpr int kPanelBytes = 128 * 128;
+
+uint64_t* barrier_behind(int bytes) {
+  return reinterpret_cast<uint64_t*>(ptx::dynamic_shared() + bytes);
+}
+
+uint32_t pair_of(float low, float high) {
+  return uint32_t(ptx::float_to_bf16(low)) | uint32_t(ptx::float_to_bf16(high)) << 16;
+}
+
+}  // namespace
+
+TEST(bulk_copies_arrive_at_the_barrier) {
+  alignas(16) float from[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+  std::vector<float> late;
+  CHECK(report(1, 64, 128, [&] {
+          uint64_t* const barrier = barrier_behind(64);
+          if (threadIdx.x == 0) {
+            ptx::barrier_init(barrier, 1);
+            ptx::barriers_are_set();
+          }
+          __syncthreads();
+          if (threadIdx.x == 0) {
+            ptx::barrier_arrive_expecting(barrier, 32);
+            ptx::copy_bulk(shared_floats(), from, 32, barrier);
+            CHECK(std::isnan(shared_floats()[0]));
+          }
+          ptx::barrier_wait(barrier, 0);
+          if (threadIdx.x == 40) late.assign(shared_floats(), shared_floats() + 8);
+        }).empty());
+  CHECK((late == std::vector<float>{1, 2, 3, 4, 5, 6, 7, 8}));
+
+  const auto one_thread = [&](auto&& act) {
+    return report(1, 1, 128, [&] {
+      ptx::barrier_init(barrier_behind(64), 1);
+      act(barrier_behind(64));
+    });
+  };
+  check_contains(
+      one_thread([&](uint64_t* barrier) { ptx::copy_bulk(shared_floats(), from, 32, barrier); }),
+      "ended with bulk copies under way");
+  check_contains(
+      one_thread([&](uint64_t* barrier) { ptx::copy_bulk(shared_floats(), from, 24, barrier); }),
+      "not a multiple of 16 bytes");
+  check_contains(one_thread([&](uint64_t* barrier) {
+                   barrier[0] = ~uint64_t(0);
+                   ptx::barrier_arrive(barrier);
+                 }),
+                 "a barrier is used that was not set");
+  check_contains(one_thread([&](uint64_t* barrier) {
+                   ptx::barrier_init(barrier, 1);
+                   ptx::barrier_arrive_expecting(barrier, 16);
+                   ptx::barrier_arrive(barrier);
+                 }),
+                 "more arrivals than it expects");
+  check_contains(one_thread([&](uint64_t*) { ptx::shared_address(from); }), "not in shared memory");
+}
+
+TEST(wgmma_multiplies_small_integers_exactly) {
+  std::mt19937 random(5);
+  const auto small = [&] { return float(int(random() % 17) - 8); };
+  static float a[64][16], b[128][64], d[64][128];  // tokens are rows of 64 k, of which 16 are used
+  for (auto& row : a) {
+    for (float& v : row) v = small();
+  }
+  for (auto& row : b) {
+    for (float& v : row) v = small();
+  }
+  constexpr int kFirst = 32;  // of the 16 k
+  CHECK(report(1, 128, kPanelBytes, [&] {
+          char* const panel = ptx::dynamic_shared();
+          const int thread = int(threadIdx.x), g = thread % 32 / 4, t = thread % 4;
+          for (int k = 0; k < 64; k += 2) {  // thread: the token
+            const uint32_t pair = pair_of(b[thread][k], b[thread][k + 1]);
+            std::memcpy(panel + ptx::panel_offset(thread, k / 8) + k % 8 * 2, &pair, 4);
+          }
+          ptx::fence_for_async();
+          __syncthreads();
+          const int row = thread / 32 * 16 + g;
+          const uint32_t weights[4] = {pair_of(a[row][2 * t], a[row][2 * t + 1]),
+                                       pair_of(a[row + 8][2 * t], a[row + 8][2 * t + 1]),
+                                       pair_of(a[row][2 * t + 8], a[row][2 * t + 9]),
+                                       pair_of(a[row + 8][2 * t + 8], a[row + 8][2 * t + 9])};
+          float sums[16][4];
+          ptx::wgmma_fence();
+          ptx::wgmma_bf16(sums, weights, ptx::token_matrix(panel + kFirst * 2), false);
+          ptx::wgmma_bf16(sums, weights, ptx::token_matrix(panel + kFirst * 2), true);
+          ptx::wgmma_commit();
+          ptx::wgmma_wait<0>();
+          for (int n = 0; n < 16; ++n) {
+            for (int i = 0; i < 4; ++i) d[row + i / 2 * 8][8 * n + 2 * t + i % 2] = sums[n][i];
+          }
+        }).empty());
+  for (int row = 0; row < 64; ++row) {
+    for (int column = 0; column < 128; ++column) {
+      float sum = 0;
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[column][kFirst + k];
+      CHECK(d[row][column] == 2 * sum);
+    }
+  }
+}
+
+TEST(wgmma_that_could_meet_other_data_is_reported) {
+  alignas(16) static const char zeros[16] = {};
+  const auto products = [&](bool fence, bool same, bool wait, bool tell) {
+    return report(1, 128, kPanelBytes + 1024, [=] {
+      char* const panel = ptx::dynamic_shared();
+      if (threadIdx.x == 0) ptx::barrier_init(barrier_behind(kPanelBytes), 1);
+      __syncthreads();
+      for (int i = 0; i < 8; ++i) {
+        ptx::copy16_async(panel + threadIdx.x * 128 + i * 16, zeros, true);
+      }
+      ptx::copy_commit();
+      ptx::copy_wait<0>();
+      if (tell || threadIdx.x != 77) ptx::fence_for_async();
+      __syncthreads();
+      float sums[16][4];
+      const uint32_t weights[4] = {};
+      if (fence) ptx::wgmma_fence();
+      ptx::wgmma_bf16(sums, weights, ptx::token_matrix(panel + (same || threadIdx.x < 96 ? 0 : 32)),
+                      false);
+      ptx::wgmma_commit();
+      if (wait) ptx::wgmma_wait<0>();
+    });
+  };
+  CHECK(products(true, true, true, true).empty());
+  check_contains(products(false, true, true, true), "no wgmma_fence before it");
+  check_contains(products(true, false, true, true), "issue different products");
+  check_contains(products(true, true, false, true), "exits with wgmma");
+  check_contains(products(true, true, true, false), "written without fence_for_async");
 }
 
 int main(int argc, char** argv) { return testing::main_of(argc, argv); }

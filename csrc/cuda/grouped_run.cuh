@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// The host side that the grouped kernels of mma (grouped.cu) and of wgmma (hopper.cu) share: what
+// lies in the workspace, and the launches. What they differ in is a Products.
+#pragma once
+
+#include "family.cuh"
+#include "limits.cuh"
+#include "packed.cuh"
+
+namespace ey::cuda::grouped {
+
+constexpr int64_t kMostTopK = 1024;  // combine's slots in shared memory
+constexpr int kCombineThreads = 256;
+
+struct Products {
+  int64_t x_run, h_run;  // rows of x, of h are so long: whole runs of every order
+  // pairs of a tile, for experts that have that many
+  int (*columns)(const PackedFormat& format, const Matrix (&m)[2], int64_t share,
+                 const Limits& limit);
+  int (*order)(const PackedFormat& format);
+  cudaError_t (*launch)(const PackedFormat& format, Args& args, int columns, int64_t pairs,
+                        const Limits& limit, cudaStream_t stream);
+};
+
+inline int64_t x_stride(const Products& p, const ExpertSet& set) {
+  return round_up(set.hidden_size, p.x_run);
+}
+inline int64_t h_stride(const Products& p, const ExpertSet& set) {
+  return round_up(w13_blocks(set.intermediate_size) * kLaneSet, p.h_run);
+}
+inline int64_t y_stride(const ExpertSet& set) { return w2_blocks(set.hidden_size) * kLanes; }
+
+// One after the other in the workspace, each from a multiple of 256 bytes.
+struct Parts {
+  int64_t x, h, y, sorted, tile_list, num_tiles, end;
+  Parts(const Products& p, const ExpertSet& set, int64_t tokens, int64_t pairs) {
+    x = 0;
+    h = x + round_up(tokens * x_stride(p, set) * 2, 256);
+    y = h + round_up(pairs * h_stride(p, set) * 2, 256);
+    sorted = y + round_up(pairs * y_stride(set) * 4, 256);
+    tile_list = sorted + round_up(pairs * int64_t(sizeof(int32_t)), 256);
+    num_tiles = tile_list + round_up(pairs * int64_t(sizeof(Tile)), 256);
+    end = num_tiles + 256;
+  }
+};
+
+// Whether the kernels before and after the products serve a call; m: of its matrices.
+inline bool ends_serve(const MoeArgs& args, Matrix (&m)[2]) {
+  const ExpertSet& set = *args.set;
+  const PackedFormat* const format = packed_format(set.format);
+  return set.layout == Layout::kBlocks && format != nullptr &&
+         set.num_experts <= kMostRoutedExperts && args.top_k <= kMostTopK &&
+         set.hidden_size <= kMostGridY * kCombineThreads && make_matrices(set, *format, m);
+}
+
+cudaError_t run_grouped(const Products& p, const Chunk& chunk, int64_t tokens, void* workspace,
+                        cudaStream_t stream);
+cudaError_t load_ends();  // the kernels before and after the products
+
+}  // namespace ey::cuda::grouped

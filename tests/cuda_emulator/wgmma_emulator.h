@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+// csrc/cuda/wgmma.cuh for a CPU: barriers that count bytes, bulk copies, wgmma.
+//
+// Everything asynchronous happens as late as it may: a bulk copy while somebody asks a barrier, at
+// random; a product at the wait for it. So a stage that is read before it is whole, or given back
+// while wgmma still reads it, shows as wrong numbers. Reported by name: barriers that were not set,
+// more arrivals than expected, bulk copies and products under way at exit, wgmma without a fence
+// before it, wgmma that reads what copies or stores have written without fence_for_async, warps of
+// a warpgroup that issue different products.
+#pragma once
+
+#include "cuda_emulator.h"
+
+template <class T>
+T __shfl_sync(uint32_t mask, T value, int from) {
+  return shuffle(mask, value, from, "__shfl_sync");
+}
+
+namespace ey::cuda::ptx {
+
+inline uint32_t shared_address(const void* shared) {
+  const emu::SharedMemory& memory = *emu::current->block->shared;
+  const auto* const p = static_cast<const char*>(shared);
+  if (p < memory.data() || p >= memory.data() + memory.bytes()) {
+    emu::grid->fail("shared_address: not in shared memory");
+  }
+  return uint32_t(p - memory.data());
+}
+
+// As it lies in its 8 bytes. Memory that was never set is all ones.
+struct Barrier {
+  int16_t arrivals, missing;
+  int32_t bytes : 31;
+  uint32_t phase : 1;
+};
+static_assert(sizeof(Barrier) == 8);
+
+inline Barrier& barrier_at(uint64_t* address) {
+  shared_address(aligned<uint64_t>(address, "barrier"));
+  auto& barrier = *reinterpret_cast<Barrier*>(address);
+  if (barrier.arrivals <= 0) emu::grid->fail("a barrier is used that was not set");
+  return barrier;
+}
+inline void end_phase_if_whole(Barrier& barrier) {
+  emu::grid->changed();
+  if (barrier.missing > 0 || barrier.bytes != 0) return;
+  barrier.phase ^= 1;
+  barrier.missing = barrier.arrivals;
+}
+
+inline void barrier_init(uint64_t* address, int arrivals) {
+  shared_address(address);
+  const Barrier barrier{int16_t(arrivals), int16_t(arrivals), 0, 0};
+  std::memcpy(address, &barrier, sizeof barrier);
+  emu::Block& block = *emu::current->block;
+  if (block.unfenced.empty()) block.unfenced.assign(block.shared->bytes() / 16 + 1, -1);
+}
+inline void barriers_are_set() {}
+
+inline void barrier_arrive(uint64_t* address) {
+  preemption_point();
+  Barrier& barrier = barrier_at(address);
+  if (--barrier.missing < 0) emu::grid->fail("a barrier has more arrivals than it expects");
+  end_phase_if_whole(barrier);
+  preemption_point();
+}
+inline void barrier_arrive_expecting(uint64_t* address, int bytes) {
+  barrier_at(address).bytes += bytes;
+  barrier_arrive(address);
+}
+
+inline void copy_bulk(void* shared, const void* from, int bytes, uint64_t* barrier) {
+  aligned<uint4>(shared, "copy_bulk, to");
+  aligned<uint4>(from, "copy_bulk, from");
+  if (bytes <= 0 || bytes % 16) emu::grid->fail("copy_bulk: not a multiple of 16 bytes");
+  const uint32_t at = shared_address(shared);
+  shared_address(static_cast<char*>(shared) + bytes - 1);
+  barrier_at(barrier);
+  std::memset(shared, 0xff, size_t(bytes));
+  emu::Block& block = *emu::current->block;
+  std::fill_n(block.unfenced.begin() + at / 16, bytes / 16, -1);
+  block.bulk_copies.push_back([=] {
+    std::memcpy(shared, from, size_t(bytes));
+    auto& done = *reinterpret_cast<Barrier*>(barrier);
+    done.bytes -= bytes;
+    end_phase_if_whole(done);
+  });
+}
+
+inline bool barrier_test(uint64_t* address, int parity) {
+  auto& copies = emu::current->block->bulk_copies;
+  if (!copies.empty() && emu::grid->chance(2)) {
+    std::swap(copies[emu::grid->below(copies.size())], copies.back());
+    const auto copy = std::move(copies.back());
+    copies.pop_back();
+    copy();
+  }
+  emu::grid->polled();
+  emu::grid->yield();
+  return int(barrier_at(address).phase) != parity;
+}
+inline void barrier_wait(uint64_t* address, int parity) {
+  while (!barrier_test(address, parity)) {
+  }
+}
+
+inline void fence_for_async() {
+  for (uint32_t piece : emu::current->written) {
+    int& writer = emu::current->block->unfenced[piece];
+    if (writer == emu::current->linear) writer = -1;
+  }
+  emu::current->written.clear();
+}
+
+// The warps of a warpgroup do it together; the count itself changes nothing here.
+template <int kRegisters>
+void give_registers() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24);
+  __syncwarp();
+}
+template <int kRegisters>
+void take_registers() {
+  static_assert(kRegisters % 8 == 0 && kRegisters <= 256);
+  __syncwarp();
+}
+
+inline void wgmma_fence() {
+  __syncwarp();
+  emu::current->wgmma_fenced = true;
+}
+inline void wgmma_commit() {
+  emu::current->wgmma_groups.push_back(std::move(emu::current->wgmma));
+  emu::current->wgmma.clear();
+  emu::current->wgmma_fenced = false;
+}
+
+inline void wgmma_bf16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t tokens, bool adds) {
+  emu::Thread& t = *emu::current;
+  if (!t.wgmma_fenced) emu::grid->fail("wgmma_bf16: no wgmma_fence before it");
+  t.wgmma.push_back({&d[0][0], {a[0], a[1], a[2], a[3]}, tokens, adds});
+  // The n-th product of every warp of the warpgroup is the same one.
+  auto& issued = t.block->wgmma_issued[size_t(t.linear) / 128];
+  if (issued.size() <= t.wgmma_count) issued.push_back(tokens);
+  if (issued[t.wgmma_count++] != tokens) {
+    emu::grid->fail("wgmma_bf16: the warps of a warpgroup issue different products");
+  }
+}
+
+// Row r, element k of the matrix that a descriptor names: its rows are 128 bytes apart, 8 rows are
+// a pattern in which bits 4 to 6 of an address are those of the row added to its own, and patterns
+// follow each other at the stride.
+inline float token_element(uint64_t descriptor, int row, int k) {
+  const uint32_t begin = uint32_t(descriptor & 0x3fff) << 4;
+  const uint32_t stride = uint32_t(descriptor >> 32 & 0x3fff) << 4;
+  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) {
+    emu::grid->fail("wgmma_bf16: the descriptor is not one of the 128-byte swizzle");
+  }
+  uint32_t at = begin + uint32_t(row) / 8 * stride + uint32_t(row) % 8 * 128 + uint32_t(k) * 2;
+  at ^= (at >> 7 & 7) << 4;
+  emu::Block& block = *emu::current->block;
+  if (at + 2 > block.shared->bytes()) emu::grid->fail("wgmma_bf16: tokens past shared memory");
+  if (!block.unfenced.empty() && block.unfenced[at / 16] >= 0) {
+    emu::grid->fail("wgmma_bf16: reads what was written without fence_for_async after it");
+  }
+  uint16_t bits;
+  std::memcpy(&bits, block.shared->data() + at, 2);
+  return bf16_to_float(bits);
+}
+
+template <int kOpen>
+void wgmma_wait() {
+  preemption_point();
+  emu::Thread* mine = emu::current;
+  emu::meet(0xffffffffu, *mine, "wgmma_wait", [](emu::Thread** lanes) {
+    while (int(lanes[0]->wgmma_groups.size()) > kOpen) {
+      for (size_t i = 0; i < lanes[0]->wgmma_groups.front().size(); ++i) {
+        static float a[16][16], b[16][128];
+        const uint64_t tokens = lanes[0]->wgmma_groups.front()[i].tokens;
+        for (int lane = 0; lane < 32; ++lane) {
+          const auto& product = lanes[lane]->wgmma_groups.front()[i];
+          for (int j = 0; j < 4; ++j) {
+            for (int half = 0; half < 2; ++half) {
+              a[lane / 4 + j % 2 * 8][lane % 4 * 2 + j / 2 * 8 + half] =
+                  bf16_to_float(product.a[j] >> 16 * half & 0xffff);
+            }
+          }
+        }
+        for (int k = 0; k < 16; ++k) {
+          for (int column = 0; column < 128; ++column) {
+            b[k][column] = token_element(tokens, column, k);
+          }
+        }
+        for (int row = 0; row < 16; ++row) {
+          float sums[128] = {};
+          for (int k = 0; k < 16; ++k) {
+            for (int column = 0; column < 128; ++column) sums[column] += a[row][k] * b[k][column];
+          }
+          for (int column = 0; column < 128; ++column) {
+            const auto& product = lanes[row % 8 * 4 + column % 8 / 2]->wgmma_groups.front()[i];
+            float& d = product.d[column / 8 * 4 + row / 8 * 2 + column % 2];
+            d = (product.adds ? d : 0.0f) + sums[column];
+          }
+        }
+      }
+      for (int lane = 0; lane < 32; ++lane) {
+        lanes[lane]->wgmma_groups.erase(lanes[lane]->wgmma_groups.begin());
+      }
+    }
+  });
+}
+
+}  // namespace ey::cuda::ptx
