@@ -89,7 +89,7 @@ def folder(tmp_path_factory):
         ({"layers": "7:2"}, DeviceError, "cuda:7, which is not on this machine. Here there is"),
         ({"memory": {"cuda:7": "1GiB"}}, DeviceError, "cuda:7, which is not on this machine"),
         ({"memory": {"cpu": "1MiB"}}, PlanError, "does not fit"),
-        ({"mode": "quick"}, ConfigError, "mode: expected one of exact, fast; got 'quick'"),
+        ({"mode": "quick"}, ConfigError, "mode: expected one of auto, exact, fast; got 'quick'"),
         ({"search": 3}, ConfigError, "search: expected True or False, got 3"),
         ({"layers": "x"}, RuleError, "expected a whole number, got 'x'"),
         ({"rules": "no-such-file.yaml"}, RuleError, "no-such-file.yaml"),

@@ -27,7 +27,7 @@ TORCH_FREE = [
 WITH_TORCH = [
     ["native"],
     ["virtual"],
-    ["devices", "reference"],
+    ["devices", "reference", "modes"],
     ["weights"],
     ["ops", "quantize"],
     ["packing"],

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from .errors import KernelError
 from .formats import Format
+from .modes import MODES, has_fast
 from .native import _C
 from .reference import ACTIVATIONS, SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT, split_gate_up
 
 FORMAT_OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-MODES = ("exact", "fast")
 Expert: TypeAlias = tuple[Tensor | None, ...]  # see PackedExperts.expert()
 
 
@@ -128,7 +128,7 @@ class PackedExperts:
         self.format, self.layout, self.mode = blobs.format.name, "blocks", mode
         if mode not in MODES:
             raise KernelError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-        if mode == "fast" and blobs.format.base not in ("int8", "int4", "mxfp4"):
+        if mode == "fast" and not has_fast(blobs.format.name):
             raise KernelError(
                 f"mode 'fast' needs int8, int4 or mxfp4 weights, got {blobs.format.name}: leave "
                 "mode out"

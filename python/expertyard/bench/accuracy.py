@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import get_format
 from ..models import tiny_moe
 from ..models.perplexity import perplexity
+from ..modes import MODES, has_fast
 from ..native import _C
 from ..ops import moe_experts
 from ..packing import ExpertPacker
@@ -150,7 +150,7 @@ def _packed_forward(module: Any, format: str, mode: str, search: bool) -> Callab
 
 
 def modes_of(format: str) -> tuple[str, ...]:
-    return ("exact", "fast") if get_format(format).base in ("int8", "int4", "mxfp4") else ("exact",)
+    return MODES if has_fast(format) else ("exact",)
 
 
 def rooms() -> str:
@@ -281,11 +281,14 @@ Kernels that these figures are of: {rooms}. Other rooms multiply in fp32 and are
 
 ## Which mode
 
+A model's experts run in the mode that these tables choose (`mode="auto"`), where the CPU has 8-bit
+dot products:
+
 - **int4, mxfp4: `fast`.** What 8-bit activations add is about a tenth of the format's own error and
   is lost in it (*in all*), also with outliers; perplexity moves by less than 0.05 %.
-- **int8: `fast` where speed counts, `exact` where int8 was chosen for its exactness.** Perplexity
-  cannot tell them apart, but in a layer the activations' error is as large as the weights', and
-  two to four times with outliers.
+- **int8: `fast`.** Perplexity cannot tell the two apart. But in a layer the activations' error is
+  as large as the weights', and two to four times with outliers: say `mode="exact"` where int8 was
+  chosen for its exactness.
 - **fp8, bf16** have `exact` only.
 """
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..devices import machine_memory
 from ..errors import KernelError
 from ..formats import get_format
+from ..modes import MODES, has_fast
 from ..packing import packed_bytes
 from ..testing import calc_diff
 from ..weights import FORMAT_OF_DTYPE, PackedExperts
@@ -31,9 +32,7 @@ from .limits import Limits
 from .peers import PEERS, TOLERANCE, Peer, Run
 from .shapes import Shape
 
-MODES = ("exact", "fast")
 ROUTINGS = ("uniform", "zipf")
-_FAST = ("int8", "int4", "mxfp4")  # what the mode "fast" has kernels for
 _IN_PLACE = {name: dtype for dtype, name in FORMAT_OF_DTYPE.items()}
 
 _CHECKED_TOKENS = 4  # compared with float64 before anything is timed
@@ -176,7 +175,7 @@ def own_variants(layer: Layer, format: str, modes: tuple[str, ...] = MODES) -> l
     shape, base = layer.shape, get_format(format).base
     out = []
     if base not in ("fp16", "fp32"):
-        has = MODES if base in _FAST else ("exact",)
+        has = MODES if has_fast(format) else ("exact",)
         size = sum(packed_bytes(format, shape.hidden_size, shape.intermediate_size))
         wanted = tuple(mode for mode in has if mode in modes)
         if wanted:

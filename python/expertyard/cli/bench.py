@@ -57,12 +57,13 @@ def run(args: argparse.Namespace) -> int:
 
     from expertyard.bench.layer import make_layer
     from expertyard.bench.limits import Limits
-    from expertyard.bench.measure import MODES, QUICK, ROUTINGS, Effort, Plan, Result, measure
+    from expertyard.bench.measure import QUICK, ROUTINGS, Effort, Plan, Result, measure
     from expertyard.bench.peers import PEERS
     from expertyard.bench.plot import draw
     from expertyard.bench.report import LEGEND, busy, machine, stolen_seconds, to_json, to_table
     from expertyard.bench.shapes import SHAPES
     from expertyard.formats import get_format
+    from expertyard.modes import MODES
     from expertyard.native import _C
 
     everything = [name for name in SHAPES if name != "small"]

@@ -18,7 +18,9 @@ class RunOptions:
     """search          True: where weights are quantised, look for the scales with the least squared
                        error; slower to load
     mode            what CPU kernels do with activations of int8, int4 and mxfp4 experts: "exact",
-                       as they are, or "fast", rounded to 8 bits in groups of 128
+                       as they are, "fast", rounded to 8 bits in groups of 128, or "auto": fast
+                       where the CPU multiplies 8-bit integers, because perplexity cannot tell
+                       the two apart (docs/accuracy.md)
     policy          "static": experts stay where the plan puts them. "lru", "frequency": each
                        layer's GPU experts are slots for those that were needed last, or most
     out_of_memory      "error", or "cpu": experts for which a GPU has no room go back to the CPU
@@ -31,7 +33,7 @@ class RunOptions:
     """
 
     search: bool = False
-    mode: str = "exact"
+    mode: str = "auto"
     policy: str = "static"
     out_of_memory: str = "error"
     timeout: float = 60.0
@@ -43,7 +45,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.search, bool):
             raise ConfigError(f"search: expected True or False, got {self.search!r}.")
-        _one_of("mode", self.mode, ("exact", "fast"))
+        _one_of("mode", self.mode, ("auto", "exact", "fast"))
         _one_of("policy", self.policy, POLICIES)
         _one_of("out_of_memory", self.out_of_memory, ("error", "cpu"))
         _one_of("tokens", self.tokens, ("same", "own"))

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..dispatch import LayerExperts, Placement, RunOptions, build, spread
-from ..formats import get_format
 from ..loading import DTYPES, Checkpoint, ExpertsLayout, LayerSource, Whole, assemble
 from ..loading.in_memory import InMemory
 from ..loading.packed_folder import PackedFolder
+from ..modes import default_mode, has_fast
 from ..weights import PackedExperts
 from .state import Promised
 
@@ -70,7 +70,9 @@ def map_experts(
 
 def _mode(options: RunOptions, format: str) -> str:
     """The mode asked for, where the format has it: formats without 8-bit kernels are exact."""
-    return options.mode if get_format(format).base in ("int8", "int4", "mxfp4") else "exact"
+    if options.mode == "auto" or not has_fast(format):
+        return default_mode(format)
+    return options.mode
 
 
 def experts_of_tensors(
