@@ -216,6 +216,9 @@ Tensor moe_parts_cpu(const Tensor& hidden_states, const Tensor& topk_ids,
   EY_CHECK(!experts.empty() && experts.size() == lanes.size(),
            "experts and lanes: expected one lane for each set of experts, got ", experts.size(),
            " and ", lanes.size());
+  if (hidden_states.dim() != 2) {  // says so
+    check(hidden_states, topk_ids, topk_weights, experts[0], nullptr);
+  }
   const bool rounds = !fp32 && hidden_states.scalar_type() != ScalarType::Float;
   Tensor out =
       torch::stable::new_empty(hidden_states, {hidden_states.size(0), hidden_states.size(1)},

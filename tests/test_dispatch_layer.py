@@ -114,6 +114,16 @@ def test_ids_that_mean_none_and_wrong_ones():
         run(layer(p.pack()), p)
 
 
+def test_wrong_shapes_are_sentences():
+    p = problem()
+    experts = layer(p.pack())
+    for hidden in (p.hidden_states[0], p.hidden_states[:, :-1], p.hidden_states[None]):
+        with pytest.raises(KernelError, match="hidden_states: expected"):
+            experts(hidden, p.topk_ids, p.topk_weights)
+    with pytest.raises(KernelError, match="topk_ids: expected"):
+        experts(p.hidden_states, p.topk_ids[:-1], p.topk_weights)
+
+
 def test_backward_is_a_sentence():
     p = problem()
     hidden = p.hidden_states.clone().requires_grad_()
