@@ -48,7 +48,15 @@ OWN = {
         "num_attention_heads": 4, "num_key_value_heads": 2, "moe_intermediate_size": 40,
     },
     "qwen3_vl_moe": {"text_config": {}, "vision_config": {}},
-    "glm4v_moe": {"text_config": {}, "vision_config": {}},
+    "glm4v_moe": {
+        "text_config": {
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3],
+                "partial_rotary_factor": 1.0,
+            }
+        },
+        "vision_config": {},
+    },
     "qwen3_5_moe": {"text_config": {}, "vision_config": {}},
     "mistral4": {"text_config": {}, "vision_config": {}},
     "aria": {"text_config": {}, "vision_config": {}},
