@@ -5,6 +5,8 @@ those of transformers' own loading, or the family is refused with a sentence.
 Minutes long, so it runs with `-m slow`; test_hf_roads runs some of them with every change.
 """
 
+from functools import partial
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -19,7 +21,7 @@ from transformers import (
 
 import expertyard as ey
 from expertyard.errors import KernelError
-from hf_families import load, logits
+from hf_families import logits
 
 pytestmark = pytest.mark.slow
 
@@ -41,16 +43,17 @@ SMALL_VISION = {
 }  # fmt: skip
 OWN = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0},
-    "gemma4_text": {
-        "enable_moe_block": True, "top_k_experts": 2, "num_experts": 4, "global_head_dim": 16,
-        "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0,
-        "num_kv_shared_layers": 0, "hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "moe_intermediate_size": 40,
-    },
     "qwen3_vl_moe": {"text_config": {}, "vision_config": {}},
-    "glm4v_moe": {"text_config": {}, "vision_config": {}},
+    "glm4v_moe": {
+        "text_config": {
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3],
+                "partial_rotary_factor": 1.0,
+            }
+        },
+        "vision_config": {},
+    },
     "qwen3_5_moe": {"text_config": {}, "vision_config": {}},
-    "mistral4": {"text_config": {}, "vision_config": {}},
     "aria": {"text_config": {}, "vision_config": {}},
     "llama4": {"text_config": {"intermediate_size_mlp": 48}, "vision_config": {}},
     "llama4_text": {"intermediate_size_mlp": 48, "num_experts_per_tok": 2},
@@ -66,9 +69,11 @@ COMPUTED = (
     "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "jamba", "kimi_linear", "kolibri1", "laguna",
     "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe",
     "qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "solar_open", "aria_text", "gpt_oss",
-    "llama4_text", "longcat_flash",
+    "llama4_text", "longcat_flash", "lfm2_moe", "dots3_note_text", "inkling_text",
+    "minimax_m3_vl_text", "qwen4_exp_text", "qwen3_5_moe", "aria", "llama4", "qwen3_vl_moe",
+    "glm4v_moe",
 )  # fmt: skip
-REFUSED = ("nemotron_h", "deepseek_v4", "jetmoe", "hy_v4")
+REFUSED = ("nemotron_h", "deepseek_v4", "jetmoe", "hy_v4", "inkling2_text", "doge")
 
 
 def tiny(family):
@@ -123,10 +128,11 @@ def batch():
 
 @pytest.mark.parametrize("family", COMPUTED)
 def test_logits_agree_with_transformers_own_loading(family, tmp_path):
-    model = randomise(AutoModelForCausalLM.from_config(tiny(family), dtype=torch.float32))
+    model = randomise(model_of(tiny(family), dtype=torch.float32))
     model.save_pretrained(tmp_path)
-    theirs = load(tmp_path, experts_implementation="eager")
-    ours = load(tmp_path, quantization_config=ey.ExpertsConfig())
+    load = partial(type(model).from_pretrained, tmp_path, dtype=torch.float32)
+    theirs = load(experts_implementation="eager").eval()
+    ours = load(quantization_config=ey.ExpertsConfig()).eval()
     assert ey.verify(ours).layers
     expected = logits(theirs, batch())
     assert expected.isfinite().all()
@@ -140,7 +146,7 @@ def test_logits_agree_with_transformers_own_loading(family, tmp_path):
 def test_other_arithmetic_is_refused_with_a_sentence(family, tmp_path):
     config = tiny(family)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = model_of(config)
     from expertyard.hf.layers import find_experts, recognise
 
     with pytest.raises(KernelError) as caught:

@@ -180,6 +180,9 @@ def test_an_attached_model_saves_what_it_was_before(tmp_path, options):
     ours = ey.from_pretrained(tmp_path / "saved", **options)
     # torch's own bf16 products depend on where weights lie in memory
     torch.testing.assert_close(logits(ours, prompts()), logits(model, prompts()), rtol=0, atol=0.1)
+    assert [row.format for row in ey.verify(ours).layers] == [
+        row.format for row in ey.verify(model).layers
+    ]
 
 
 def test_a_model_by_experts_implementation_saves_as_ever(tmp_path):

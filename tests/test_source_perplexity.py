@@ -165,4 +165,4 @@ def print_table(num_bytes):
 
 
 if __name__ == "__main__":
-    print_table(int(sys.argv[1]) if len(sys.argv) > 1 else 8192)
+    print_table(int(sys.argv[1]) if len(sys.argv) > 1 else 4096)

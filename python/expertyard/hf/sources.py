@@ -10,6 +10,7 @@ apart is applied to one expert at a time.
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -162,6 +163,18 @@ def _keeps_experts_apart(operation: Any) -> bool:
     return type(operation).__name__ in known and 0 not in along
 
 
+@dataclass(frozen=True)
+class _OneExpert:
+    """The model as a conversion of one expert sees it: some transpose only what has not yet the
+    parameter's shape. The real one has no parameters any more when experts are read."""
+
+    config: Any
+    shape: tuple[int, ...]
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return torch.empty(self.shape, device="meta")
+
+
 def _rows(
     model: nn.Module,
     checkpoint: Checkpoint,
@@ -186,6 +199,9 @@ def _rows(
         elif keys.get(pattern):
             columns[pattern] = (_only(target, keys[pattern]),)
 
+    shape = layout.parameter_shapes()[target.rpartition(".")[2]]
+    one = _OneExpert(model.config, (1, *shape[1:]))
+
     def row(expert: int) -> torch.Tensor:
         collected: Any = {}
         for pattern, sources in columns.items():
@@ -199,7 +215,7 @@ def _rows(
                 source_patterns=converter.source_patterns,
                 target_patterns=converter.target_patterns,
                 full_layer_name=target,
-                model=model,
+                model=one,
                 config=model.config,
             )
         (result,) = collected.values()
