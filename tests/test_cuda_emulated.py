@@ -251,6 +251,9 @@ BUGS = {
         "formats/int8.cuh", "& 0x00800080u", "& 0x00000080u", "stream_every_kind"
     ),
     "fp8: the sign is lost": ("formats/fp8.cuh", "0x80008000u", "0u", "stream_every_kind"),
+    "fp8: NaN is a number": (
+        "formats/fp8.cuh", "is_nan * 15", "is_nan * 0", "stream_nan"
+    ),
     "int4: nibbles in another order": (
         "formats/int4.cuh", "8 * slice + 4 * half", "8 * half + 4 * slice", "stream_every_kind"
     ),
