@@ -787,7 +787,7 @@ TEST(wgmma_random_problems) {
     return low + int(random() % uint64_t(high - low + 1));
   };
   const std::vector<Kind> all = kinds();
-  for (int i = 0; i < 20; ++i) {
+  for (int i = 0; i < 12; ++i) {
     const Kind& kind = all[random() % all.size()];
     Shape s;
     s.format = kind.format;
