@@ -43,7 +43,7 @@ def _gate_up(
         up = tl.dot(a, b, up)
     value = gate * tl.sigmoid(gate) * up
     tl.store(
-        h + at[:, None].to(tl.int64) * inner + i[None, :], value.to(tl.bfloat16),
+        h + at[:, None].to(tl.int64) * inner + i[None, :], value.to(h.dtype.element_ty),
         mask=(at < end)[:, None] & (i < inner)[None, :],
     )  # fmt: skip
 
@@ -75,13 +75,13 @@ def _down(
         sums = tl.dot(a, b, sums)
     sums *= tl.load(weights + pair, mask=at < end, other=0.0)[:, None]
     tl.store(
-        y + pair[:, None] * hidden + j[None, :], sums.to(tl.bfloat16),
+        y + pair[:, None] * hidden + j[None, :], sums.to(y.dtype.element_ty),
         mask=(at < end)[:, None] & (j < hidden)[None, :],
     )  # fmt: skip
 
 
 def fused_moe(x: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """[T, H] bf16 from x [T, H] bf16, ids and fp32 weights [T, K], w13 [E, 2I, H], w2 [E, H, I].
+    """[T, H] from x [T, H], ids and fp32 weights [T, K], w13 [E, 2I, H], w2 [E, H, I]; x's type.
 
     Waits for nothing, so that a CUDA graph can hold it. Every id names an expert.
     """

@@ -3,7 +3,8 @@
 //
 // The bits seeeemmm, put where bf16 has its sign, the low 4 bits of its exponent and the high 3 of
 // its mantissa, are the same number times 2^(7 - 127), subnormals too; a product with 2^120 makes
-// it exact. e4m3's NaN (0x7f, 0xff) becomes +-480: quantised weights have none.
+// it exact. e4m3's NaN (0x7f, 0xff: all 7 bits set) would be +-480; only there do the 7 bits carry
+// when one is added, and the carry sets bf16's whole exponent.
 #pragma once
 
 #include "../format.cuh"
@@ -20,8 +21,10 @@ struct Fp8Blocks {
   // Pairs of k: (0, 2) for half 0, (1, 3) for half 1.
   __device__ static __forceinline__ uint32_t pair(const uint32_t (&dwords)[1], int, int half) {
     const uint32_t high = half ? dwords[0] : dwords[0] << 8;  // bytes at bits 8 and 24
-    const uint32_t bits = (high & 0x80008000u) | (high >> 4 & 0x07f007f0u);
-    return ptx::fma_bf16x2(bits, 0x7b807b80u, kBf16MinusZeros);  // * 2^120
+    const uint32_t bits = high >> 4 & 0x07f007f0u;
+    const uint32_t is_nan = (bits + 0x00100010u) & 0x08000800u;
+    const uint32_t all = ((high & 0x80008000u) | bits) + is_nan * 15;
+    return ptx::fma_bf16x2(all, 0x7b807b80u, kBf16MinusZeros);  // * 2^120
   }
   template <bool kOrdered>
   __device__ static __forceinline__ void tokens(const char* row, int t, uint32_t (&b)[2]) {
