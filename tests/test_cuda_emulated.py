@@ -225,10 +225,10 @@ BUGS = {
         HOPPER, "slice % 4 * 32", "slice % 2 * 32", "wgmma_random"
     ),
     "wgmma: rows change places": (
-        HOPPER, "rows[i] = high ? w[i ^ 2] : w[i];", "rows[i] = w[i];", "wgmma_random"
+        HOPPER, "rows[i] = high ? w[i ^ 2] : w[i];", "rows[i] = high ? w[i] : w[i];", "wgmma_random"
     ),
     "wgmma: the scales of the other half of the rows": (
-        HOPPER, "lane / 4 * 4 + 2 * j;", "lane / 4 * 4;", "wgmma_random"
+        HOPPER, "lane / 4 * 4 + 2 * j;", "lane / 4 * 4 + 0 * j;", "wgmma_random"
     ),
     "wgmma: the scales of another group": (
         HOPPER, "chunk + line * m.head_bytes + (line << m.quad_shift) * 512;", "chunk;",

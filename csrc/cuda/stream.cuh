@@ -431,7 +431,8 @@ __global__ void __launch_bounds__(kThreads, 1) experts_stream(const __grid_const
     }
   }
   sort_pairs(a, s, a.columns);
-  Worker<F, kBlocks>(a, s, parity).run();
+  Worker<F, kBlocks> worker(a, s, parity);
+  worker.run();
   __syncthreads();  // no warp of this block looks at a counter any more
   if (threadIdx.x == 0) {
     ptx::add_release(&a.counters->exits, blockIdx.x == 0 ? kLaunch - (gridDim.x - 1) : 1);

@@ -567,6 +567,18 @@ TEST(grouped_edge_shapes) {
   }
 }
 
+TEST(grouped_groups_and_formats_that_no_kernel_serves_are_refused) {
+  for (int group : {8, 48}) {  // shorter than a quad; no part of a chunk
+    Shape s;
+    s.format = Format::kInt8;
+    s.packing.group_size = group;
+    check_contains(Problem(s, 1).run().what, "no CUDA kernel serves");
+  }
+  Problem plain(Shape{}, 1);
+  plain.set.format = Format::kFp32;
+  check_contains(plain.run().what, "no CUDA kernel serves");
+}
+
 TEST(grouped_no_choice_at_all_gives_zeros) {
   Shape s;
   s.top_k = 0;

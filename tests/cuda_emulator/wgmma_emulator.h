@@ -48,7 +48,9 @@ inline void end_phase_if_whole(Barrier& barrier) {
   barrier.missing = barrier.arrivals;
 }
 
+// Slowly, so that threads which do not wait for it come first.
 inline void barrier_init(uint64_t* address, int arrivals) {
+  for (size_t i = emu::grid->below(64); i > 0; --i) emu::grid->yield();
   shared_address(address);
   const Barrier barrier{int16_t(arrivals), int16_t(arrivals), 0, 0};
   std::memcpy(address, &barrier, sizeof barrier);
