@@ -37,7 +37,8 @@ _IN_PLACE = {name: dtype for dtype, name in FORMAT_OF_DTYPE.items()}
 
 _CHECKED_TOKENS = 4  # compared with float64 before anything is timed
 _OWN_TOLERANCE = {"exact": 5e-3, "fast": 4e-2}
-_SETTLE_SECONDS = 0.003  # after ours, whose threads sleep at once
+_SETTLE_SECONDS = 0.001  # after ours, whose threads sleep at once
+_WAKE_SECONDS = 0.008
 _SHARE_OF_MEMORY = 0.7  # of what is free, for peers' weights
 
 
@@ -288,12 +289,16 @@ def _groups(layer: Layer, plan: Plan, absent: dict[str, str]) -> Iterator[list[P
 
 
 def _settle(limits: Limits, seconds: float) -> None:
-    """Waits until a peer's threads, which spin for milliseconds, are asleep.
+    """Waits until a peer's threads, which spin for milliseconds, are asleep, and wakes ours.
 
-    Waits by reading memory: cores that sleep come back slow, and that would be measured too.
+    Ours must not meet them: they would share a CPU for tens of milliseconds. Nor may the cores
+    sleep: those come back slow, and that would be measured too.
     """
     end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
     limits.evict()
+    end = time.perf_counter() + _WAKE_SECONDS
     while time.perf_counter() < end:
         limits.read_gbps()
 
@@ -312,6 +317,8 @@ def _rounds(
     flops = shape.flops(num_tokens)
     here = [samples[routing, num_tokens, variant.kernel] for variant in variants]
     before = [len(s.seconds) for s in here]
+    # they were all called a moment ago, to be checked
+    _settle(limits, max((PEERS[name].settle for name in runs), default=_SETTLE_SECONDS))
     for variant, s in zip(variants, here, strict=True):
         s.peaks += [limits.peak_gflops(variant.kernel) for _ in range(3)]
     times: dict[str, list[float]] = {name: [] for name in runs}

@@ -39,7 +39,7 @@ class Peer:
     bytes_per_weight: Mapping[str, float]
     absent: Callable[[], str | None] = lambda: None
     activations: tuple[str, ...] = ("silu",)
-    settle: float = 0.02
+    settle: float = 0.03
 
     def needs(self, layer: Layer, base: str) -> float:
         """Bytes that it holds, and as many weights again of one expert while it is made."""
