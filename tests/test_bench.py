@@ -95,7 +95,7 @@ class Known:
     def peak_gflops(self, kernel: str) -> float:
         return 100.0
 
-    def evict(self) -> None:
+    def settle(self, seconds: float) -> None:
         pass
 
 

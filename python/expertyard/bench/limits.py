@@ -2,6 +2,7 @@
 """This machine's limits, measured now, with the instructions that the kernels use."""
 
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from ..native import _C
 from ..packing import aligned_bytes
 
 _BUFFER_BYTES = 512 << 20  # at the least; four times the L3, if that is more
+_WAKE_SECONDS = 0.008
+_OPENMP_SECONDS = 0.05  # that torch's threads spin, and more
 _READ_BYTES = 64 << 20  # a thread, and a probe: some milliseconds
 
 
@@ -51,6 +54,20 @@ class Limits:
         size = min(2 * self._cache, self._buffer.numel())
         _C.read_gbps(self._reader, self._buffer.data_ptr(), size, self.num_threads)
 
+    def settle(self, seconds: float) -> None:
+        """Waits until others' threads, which spin for milliseconds, are asleep; wakes ours.
+
+        Ours must not meet them: they would share a CPU for tens of milliseconds. Nor may the cores
+        sleep: those come back slow, and that would be measured too.
+        """
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+        self.evict()
+        end = time.perf_counter() + _WAKE_SECONDS
+        while time.perf_counter() < end:
+            self.read_gbps()
+
     def peak_gflops(self, kernel: str) -> float:
         """GFLOP/s of a kernel's multiply-add in registers, a multiply-add counted as two."""
         return float(_C.peak_gflops(kernel, self.num_threads))
@@ -75,6 +92,7 @@ class Limits:
                 return None
             return statistics.median(self.peak_gflops(kernel) for _ in range(7))
 
+        self.settle(_OPENMP_SECONDS)
         return {
             "read_gbps": statistics.median(self.read_gbps() for _ in range(15)),
             "bf16_gflops": peak(lambda k: k["bf16_inputs"]),

@@ -38,7 +38,6 @@ _IN_PLACE = {name: dtype for dtype, name in FORMAT_OF_DTYPE.items()}
 _CHECKED_TOKENS = 4  # compared with float64 before anything is timed
 _OWN_TOLERANCE = {"exact": 5e-3, "fast": 4e-2}
 _SETTLE_SECONDS = 0.001  # after ours, whose threads sleep at once
-_WAKE_SECONDS = 0.008
 _SHARE_OF_MEMORY = 0.7  # of what is free, for peers' weights
 
 
@@ -288,21 +287,6 @@ def _groups(layer: Layer, plan: Plan, absent: dict[str, str]) -> Iterator[list[P
         yield []
 
 
-def _settle(limits: Limits, seconds: float) -> None:
-    """Waits until a peer's threads, which spin for milliseconds, are asleep, and wakes ours.
-
-    Ours must not meet them: they would share a CPU for tens of milliseconds. Nor may the cores
-    sleep: those come back slow, and that would be measured too.
-    """
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        pass
-    limits.evict()
-    end = time.perf_counter() + _WAKE_SECONDS
-    while time.perf_counter() < end:
-        limits.read_gbps()
-
-
 def _rounds(
     layer: Layer,
     plan: Plan,
@@ -318,7 +302,7 @@ def _rounds(
     here = [samples[routing, num_tokens, variant.kernel] for variant in variants]
     before = [len(s.seconds) for s in here]
     # they were all called a moment ago, to be checked
-    _settle(limits, max((PEERS[name].settle for name in runs), default=_SETTLE_SECONDS))
+    limits.settle(max((PEERS[name].settle for name in runs), default=_SETTLE_SECONDS))
     for variant, s in zip(variants, here, strict=True):
         s.peaks += [limits.peak_gflops(variant.kernel) for _ in range(3)]
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -335,7 +319,7 @@ def _rounds(
         chosen = int(load.count_nonzero())
         other = _beside(call, (load == 0).nonzero().flatten()[: shape.top_k])
         for variant, s in zip(variants, here, strict=True):
-            _settle(limits, settle)
+            limits.settle(settle)
             bandwidth = limits.read_gbps()
             seconds = _timed(variant.run, args, other)
             settle = _SETTLE_SECONDS
@@ -346,11 +330,11 @@ def _rounds(
             ideal = max(nbytes / bandwidth, flops / statistics.median(s.peaks)) / 1e9
             s.r_roof.append(ideal / seconds)
         for name, run in runs.items():
-            _settle(limits, settle)
+            limits.settle(settle)
             limits.read_gbps()  # for all: each starts from the same state of the caches
             times[name].append(_timed(run, args, other))
             settle = PEERS[name].settle
-        _settle(limits, settle)
+        limits.settle(settle)
         settle = _SETTLE_SECONDS
         for variant, s in zip(variants, here, strict=True):
             s.peaks.append(limits.peak_gflops(variant.kernel))
