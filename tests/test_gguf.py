@@ -72,7 +72,7 @@ def test_every_type_is_read_as_its_own_numbers(tmp_path, kind):
 def test_a_whole_file_is_a_model(tmp_path, kind):
     model = tiny_model("qwen3_moe", **SIZES)
     write_qwen3_moe(model, tmp_path / "model.gguf", kind)
-    ours = ey.from_pretrained(tmp_path / "model.gguf", dtype=torch.float32)
+    ours = ey.from_pretrained(tmp_path / "model.gguf", dtype=torch.float32, mode="exact")
     format = "fp32" if NATIVE[kind] in ("bf16", "fp16") else NATIVE[kind]  # the model's dtype
     assert {row.format for row in ey.verify(ours).layers} == {format}
     batch = prompts()
@@ -87,7 +87,7 @@ def test_a_whole_file_is_a_model(tmp_path, kind):
 def test_quantised_dense_layers_are_made_plain(tmp_path):
     model = tiny_model("qwen3_moe", **SIZES)
     write_qwen3_moe(model, tmp_path / "model.gguf", "Q4_0", dense="Q8_0")
-    ours = ey.from_pretrained(tmp_path / "model.gguf", dtype=torch.float32)
+    ours = ey.from_pretrained(tmp_path / "model.gguf", dtype=torch.float32, mode="exact")
     for name, parameter in ours.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
     batch = prompts()
@@ -100,7 +100,7 @@ def test_transformers_own_loading_agrees(tmp_path):
     model = tiny_model("qwen3_moe", **{**SIZES, "moe_intermediate_size": 768})
     write_qwen3_moe(model, tmp_path / "model.gguf", "Q8_0")
     theirs = load(tmp_path, gguf_file="model.gguf")
-    ours = ey.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    ours = ey.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32, mode="exact")
     batch = prompts()
     torch.testing.assert_close(logits(ours, batch), logits(theirs, batch), rtol=1e-4, atol=1e-4)
 
@@ -109,7 +109,7 @@ def test_a_config_beside_the_file_is_used(tmp_path):
     model = tiny_model("qwen3_moe", **SIZES)
     save(model, tmp_path)
     write_qwen3_moe(model, tmp_path / "model.gguf", "Q8_0")
-    ours = ey.from_pretrained(tmp_path / "model.gguf", dtype=torch.float32)
+    ours = ey.from_pretrained(tmp_path / "model.gguf", dtype=torch.float32, mode="exact")
     assert ours.config.pad_token_id == 0
     batch = prompts()
     torch.testing.assert_close(logits(ours, batch), logits(model, batch), rtol=1e-4, atol=1e-4)
@@ -119,7 +119,7 @@ def test_a_layer_in_two_types_gets_one_format_and_says_so(tmp_path):
     model = tiny_model("qwen3_moe", **SIZES)
     write_qwen3_moe(model, tmp_path / "model.gguf", "Q4_K", down="Q6_K")
     with pytest.warns(UserWarning, match="Not all experts are kept as they are: .*one format"):
-        ours = ey.from_pretrained(tmp_path / "model.gguf", dtype=torch.float32)
+        ours = ey.from_pretrained(tmp_path / "model.gguf", dtype=torch.float32, mode="exact")
     assert {row.format for row in ey.verify(ours).layers} == {"int8-g32"}
     batch = prompts()
     assert (logits(ours, batch) - logits(model, batch)).abs().median() < 0.03

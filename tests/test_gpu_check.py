@@ -182,8 +182,8 @@ def test_the_probe_compiles(major: int, minor: int, tmp_path: Path) -> None:
     assert len(re.findall(" 0 bytes spill stores", done.stderr)) == (3 if major == 9 else 2)
 
 
-SMALL = Shape("small", 5, 2, 96, 64)
-SMALL_WITH_BIAS = Shape("small with bias", 5, 2, 96, 64, activation="swigluoai", bias=True)
+SMALL = Shape("small", 96, 64, 5, 2)
+SMALL_WITH_BIAS = Shape("small with bias", 96, 64, 5, 2, activation="swigluoai", bias=True)
 
 
 def weights_of(shape: Shape) -> Problem:
