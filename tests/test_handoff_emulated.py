@@ -51,7 +51,7 @@ BUGS = {
     ),
     "the answer is not waited for": (
         "load_acquire_system(&a.words->answered) != ticket", "load_acquire_system("
-        "&a.words->answered) == 0xfffffff0u", "a_graph_that_is_replayed"
+        "&a.words->answered) == 0xfffffff0u", "an_answer_that_takes_its_time"
     ),
     "there is no time-out": ("return BoxReport::kTimedOut;", "{}", "an_answer_that_never_comes"),
     "an error is not seen": (

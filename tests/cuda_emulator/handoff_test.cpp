@@ -180,6 +180,18 @@ TEST(a_graph_that_is_replayed) {  // the same launches again and again, with new
   CHECK(guard.box.state->epoch == 60);
 }
 
+TEST(an_answer_that_takes_its_time) {
+  std::mt19937 random(unsigned(emu::options.seed));
+  BoxGuard guard(kSmall);
+  Answers answers(guard.box);
+  answers.slow_ms = 200;
+  for (int i = 0; i < 2; ++i) {
+    Asked asked(kSmall, random);
+    ask_and_collect(guard.box, asked);
+  }
+  CHECK(answers.answered == 2);
+}
+
 TEST(epochs_wrap) {
   std::mt19937 random(unsigned(emu::options.seed));
   BoxGuard guard(kSmall);
