@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "threads.h"
 
-#include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -22,30 +19,14 @@
 #include <thread>
 #include <vector>
 
+#include "../futex.h"
+
 namespace ey::cpu {
 namespace {
 
 // Long enough to bridge the gap between two MoE layers of a decode step, short enough that an idle
 // process is seen as idle.
 constexpr auto kSpinTime = std::chrono::microseconds(100);
-
-void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, nullptr,
-          nullptr, 0);
-}
-
-void futex_wake_all(std::atomic<uint32_t>& word) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr,
-          nullptr, 0);
-}
-
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#else
-  std::atomic_signal_fence(std::memory_order_seq_cst);
-#endif
-}
 
 }  // namespace
 

@@ -1,28 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "signal.h"
 
-#include <linux/futex.h>
 #include <sched.h>
-#include <sys/syscall.h>
 #include <time.h>
-#include <unistd.h>
 
-#include <climits>
+#include "../futex.h"
 
 namespace ey::handoff {
 namespace {
 
 constexpr int64_t kSecond = 1'000'000'000;
-
-uint32_t* address_of(std::atomic<uint32_t>& word) { return reinterpret_cast<uint32_t*>(&word); }
-
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#else
-  std::atomic_signal_fence(std::memory_order_seq_cst);
-#endif
-}
 
 }  // namespace
 
@@ -35,9 +22,7 @@ int64_t now_ns() {
 void Signal::advance() {
   // seq_cst on both sides: either the waiter sees the new value, or we see the waiter.
   value_.fetch_add(1, std::memory_order_seq_cst);
-  if (sleepers_.load(std::memory_order_seq_cst) != 0) {
-    syscall(SYS_futex, address_of(value_), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
-  }
+  if (sleepers_.load(std::memory_order_seq_cst) != 0) futex_wake_all(value_);
 }
 
 bool Signal::wait_while(uint32_t value, int64_t timeout_ns, int64_t spin_ns) {
@@ -59,7 +44,7 @@ bool Signal::wait_while(uint32_t value, int64_t timeout_ns, int64_t spin_ns) {
       break;
     }
     const timespec time{static_cast<time_t>(left / kSecond), static_cast<long>(left % kSecond)};
-    syscall(SYS_futex, address_of(value_), FUTEX_WAIT_PRIVATE, value, &time, nullptr, 0);
+    futex_wait(value_, value, &time);
   }
   sleepers_.fetch_sub(1, std::memory_order_relaxed);
   return changed;
