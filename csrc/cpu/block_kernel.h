@@ -6,19 +6,20 @@
 // and the sum is scaled: c = sum_g scale_g * (sum_k w_k x_k - (zero_g - centre) * sum_k x_k), with
 // w the code less its format's centre.
 //
-//   V::kLanes, V::kRegs, V::kMaxTokens   lanes of a vector, vectors and tokens of a tile
+//   V::kLanes, V::kMaxTokens, V::regs(M) lanes of a vector; tokens of the largest tile; vectors that
+//                                        M tokens leave registers for
 //   V::load dwords, V::shift/mask ...    see W below
-//   W::value<j>(dwords)                  the j-th weight of a step as floats
+//   W::prepare(dwords)                   what is done once for all weights of a step
+//   W::value<j>(prepared)                the j-th weight of a step as floats
 //   an activation row                    fp32 values, padded to kGroup; then the sums of its groups
 //                                        if the weights have zeros
 #pragma once
 
-#include <cmath>
-#include <limits>
 #include <type_traits>
 #include <utility>
 
 #include "activation.h"
+#include "block_tiles.h"
 #include "convert.h"
 #include "kernel.h"
 #include "probe.h"
@@ -29,33 +30,7 @@ namespace {
 // Zeros are told apart from the format's own zero, which `value` has subtracted already.
 constexpr float centre(Format f) { return f == Format::kInt4 ? 8 : f == Format::kInt8 ? 128 : 0; }
 
-// n scales of a line -> fp32
-inline void scales_to_fp32(ScaleType type, const char* from, int n, float* to) {
-  for (int i = 0; i < n; ++i) {
-    uint16_t half;
-    switch (type) {
-      case ScaleType::kNone:
-        to[i] = 1;
-        break;
-      case ScaleType::kFp32:
-        __builtin_memcpy(to + i, from + i * 4, 4);
-        break;
-      case ScaleType::kE8m0: {
-        const auto e = static_cast<uint8_t>(from[i]);
-        to[i] = bits<float>(e == 0 ? 0x00400000u : uint32_t{e} << 23);  // 2^-127 is subnormal
-        break;
-      }
-      case ScaleType::kBf16:
-        __builtin_memcpy(&half, from + i * 2, 2);
-        to[i] = from_bf16(half);
-        break;
-      case ScaleType::kFp16:
-        __builtin_memcpy(&half, from + i * 2, 2);
-        to[i] = from_fp16(half);
-        break;
-    }
-  }
-}
+inline constexpr int64_t kStretchFp32 = 1024;  // six tokens' activations: 24 KB of an L1
 
 inline int64_t fp32_row_bytes(const RowShape& s) {
   const int64_t k = round_up(s.k, kGroup);
@@ -78,27 +53,6 @@ inline void fp32_load_group(const LoadGroupArgs& a) {
   }
 }
 
-// Mode::kFast where there are no 8-bit dot products: values rounded as fast_rows.h says, and kept
-// in fp32.
-inline void rounded_load_group(const LoadGroupArgs& a) {
-  float values[kGroup], largest = 0;
-  bool finite = true;
-  for (int i = 0; i < a.n; ++i) {
-    const float magnitude = std::fabs(a.from[i]);
-    finite = finite && magnitude <= std::numeric_limits<float>::max();
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  // What is not finite has no integer: a scale of NaN brings it to the token's output.
-  const float scale = finite ? largest / 127 : std::numeric_limits<float>::quiet_NaN();
-  const float inverse = largest > 0 && finite ? 127 / largest : 0;
-  for (int i = 0; i < a.n; ++i) {
-    values[i] = (finite ? std::nearbyint(a.from[i] * inverse) : 1) * scale;
-  }
-  LoadGroupArgs rounded = a;
-  rounded.from = values;
-  fp32_load_group(rounded);
-}
-
 // Hidden states of any dtype, a group at a time.
 template <void (*load_group)(const LoadGroupArgs&)>
 void load_row_by_groups(const LoadRowArgs& a) {
@@ -112,81 +66,101 @@ void load_row_by_groups(const LoadRowArgs& a) {
   }
 }
 
-// kRegs vectors of lanes, beginning at lane `first`, for M tokens.
-template <class V, class W, int M>
-void block_tile(const BlockShape& shape, const char* block, int first, const void* const* x_rows,
-                float* c) {
-  typename V::F total[V::kRegs][M];
-  const float* x[M];
-  for (int m = 0; m < M; ++m) {
-    x[m] = static_cast<const float*>(x_rows[m]);
-    for (int r = 0; r < V::kRegs; ++r) total[r][m] = V::set(0);
-  }
-  const int64_t end = shape.padded_k(), group = shape.group();
-  const float* sums_of_groups[M];
-  for (int m = 0; m < M; ++m) sums_of_groups[m] = x[m] + round_up(shape.k, kGroup);
-  const char* p = block;
-  for (int64_t begin = 0, g = 0; begin < end; begin += group, ++g) {
-    const int64_t part = g % shape.groups_in_line();
-    if (part == 0 && g > 0) p += shape.line_bytes();
-    float scale[kLanes], zero[kLanes];
-    scales_to_fp32(shape.packing.scale_type, p + part * kLanes, kLanes, scale);
-    if (shape.packing.zeros) {
-      scales_to_fp32(shape.packing.scale_type, p + shape.scale_bytes(), kLanes, zero);
-    }
-    const int64_t stop = begin + group < end ? begin + group : end;
-    const char* steps = p + shape.line_head() + part * (group / W::kStep) * kStepBytes;
-    typename V::F acc[V::kRegs][M];
-    for (int m = 0; m < M; ++m) {
-      for (int r = 0; r < V::kRegs; ++r) acc[r][m] = V::set(0);
-    }
-    for (int64_t k = begin; k < stop; k += W::kStep, steps += kStepBytes) {
-      typename V::I dwords[V::kRegs];
-      for (int r = 0; r < V::kRegs; ++r) {
-        dwords[r] = V::load_dwords(steps + (first + r * V::kLanes) * 4);
+// M tokens x 32 lanes, V::regs(M) vectors of lanes at a time.
+//
+// A segment is at most kSegmentSteps steps: the other lanes find its cache lines in L1. Its sums
+// stay in registers; scaled, they are added to c, which is in L1 too.
+inline constexpr int64_t kSegmentSteps = 32;
+
+template <class V, class W>
+struct Fp32 {
+  template <int M>
+  struct Tile {
+    [[gnu::noinline]] static void run(const Stretch& s, const char* x, int64_t x_stride, float* c);
+  };
+};
+
+template <class V, class W>
+template <int M>
+void Fp32<V, W>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, float* c) {
+  constexpr int kRegs = V::regs(M);
+  const BlockShape& shape = *s.shape;
+  const int64_t group = shape.group(), sums_at = round_up(shape.k, kGroup);
+  const ScaleType type = shape.packing.scale_type;
+  const float* token[M];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) token[m] = reinterpret_cast<const float*>(x + m * x_stride);
+  if (!s.add) __builtin_memset(c, 0, M * kBlockRows * sizeof(float));
+
+  for (int64_t k = s.k_begin; k < s.k_end;) {
+    const int64_t g = k / group, line = k / shape.line_k(), part = g % shape.groups_in_line();
+    const int64_t group_end = (g + 1) * group < s.k_end ? (g + 1) * group : s.k_end;
+    const int64_t longest = k + kSegmentSteps * W::kStep;
+    const int64_t end = longest < group_end ? longest : group_end;
+    const char* head = s.block + line * shape.line_bytes();
+    const char* steps =
+        head + shape.line_head() + (k - line * shape.line_k()) / W::kStep * kStepBytes;
+    for (int first = 0; first < kLanes; first += kRegs * V::kLanes) {
+      typename V::F acc[kRegs][M];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRegs; ++r) {
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) acc[r][m] = V::set(0);
       }
-      const auto one = [&](auto j) __attribute__((always_inline)) {
-        for (int r = 0; r < V::kRegs; ++r) {
-          const auto w = W::template value<decltype(j)::value>(dwords[r]);
+      const char *p = steps + first * 4, *fetch = s.fetch_at(steps), *second = s.second_at(steps);
+      for (int64_t at = k; at < end; at += W::kStep, p += kStepBytes) {
+        if (first == 0) {
+          __builtin_prefetch(fetch);
+          __builtin_prefetch(second);
+          fetch += s.fetch_step();
+          second += s.fetch_step();
+        }
+        typename V::I codes[kRegs];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRegs; ++r) codes[r] = W::prepare(V::load_dwords(p + r * V::kLanes * 4));
+        const auto one = [&](auto j) __attribute__((always_inline)) {
+          typename V::F w[kRegs];
+#pragma GCC unroll 8
+          for (int r = 0; r < kRegs; ++r) w[r] = W::template value<decltype(j)::value>(codes[r]);
+#pragma GCC unroll 8
           for (int m = 0; m < M; ++m) {
-            acc[r][m] = V::fma(w, V::set(x[m][k + decltype(j)::value]), acc[r][m]);
+            const auto xm = V::set(token[m][at + decltype(j)::value]);
+#pragma GCC unroll 8
+            for (int r = 0; r < kRegs; ++r) acc[r][m] = V::fma(w[r], xm, acc[r][m]);
           }
+        };
+        [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
+          (one(std::integral_constant<int, J>{}), ...);
+        }(std::make_integer_sequence<int, W::kStep>{});
+      }
+      const bool zeros = shape.packing.zeros && end == group_end;
+#pragma GCC unroll 8
+      for (int r = 0; r < kRegs; ++r) {
+        const int lane = first + r * V::kLanes;
+        const auto scale = V::scales(type, head, static_cast<int>(part) * kLanes + lane);
+        typename V::F offset = V::set(0);
+        if (zeros) {
+          offset = V::add(V::scales(type, head + shape.scale_bytes(), lane), V::set(-W::kCentre));
         }
-      };
-      [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
-        (one(std::integral_constant<int, J>{}), ...);
-      }(std::make_integer_sequence<int, W::kStep>{});
-    }
-    for (int r = 0; r < V::kRegs; ++r) {
-      const auto s = V::load(scale + first + r * V::kLanes);
-      for (int m = 0; m < M; ++m) {
-        if (shape.packing.zeros) {
-          const auto offset = V::add(V::load(zero + first + r * V::kLanes), V::set(-W::kCentre));
-          acc[r][m] = V::fma(offset, V::set(-sums_of_groups[m][g]), acc[r][m]);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          float* out = c + m * kBlockRows + lane;
+          auto sum = acc[r][m];
+          if (zeros) sum = V::fma(offset, V::set(-token[m][sums_at + g]), sum);
+          V::store(out, V::fma(sum, scale, V::load(out)));
         }
-        total[r][m] = V::fma(acc[r][m], s, total[r][m]);
       }
     }
-  }
-  for (int m = 0; m < M; ++m) {
-    for (int r = 0; r < V::kRegs; ++r) {
-      V::store(c + m * kBlockRows + first + r * V::kLanes, total[r][m]);
-    }
+    k = end;
   }
 }
 
 template <class V, class W>
 void multiply_block(const MultiplyArgs& a) {
-  const BlockShape shape{W::kFormat, a.w.packing, a.w.k};
   constexpr int kMax = V::kMaxTokens;
-  for (int t = 0; t < a.num_tokens;) {
-    const int m = a.num_tokens - t < kMax ? 1 : kMax;
-    for (int first = 0; first < kLanes; first += V::kRegs * V::kLanes) {
-      (m == kMax ? block_tile<V, W, kMax> : block_tile<V, W, 1>)(shape, a.w.block, first, a.x + t,
-                                                                 a.c + t * kBlockRows);
-    }
-    t += m;
-  }
+  static constexpr auto table =
+      tile_table<Fp32<V, W>::template Tile>(std::make_integer_sequence<int, kMax>{});
+  run_tiles<kMax, kStretchFp32>(a, {W::kFormat, a.w.packing, a.w.k}, table.of);
 }
 
 // The weights of a step, from dwords of codes.
@@ -195,59 +169,61 @@ struct Bf16Values {
   static constexpr Format kFormat = Format::kBf16;
   static constexpr int kStep = 2;
   static constexpr float kCentre = 0;
+  static typename V::I prepare(typename V::I d) { return d; }
   template <int j>
   static typename V::F value(typename V::I d) {
     return V::as_floats(j == 0 ? V::template shift_left<16>(d) : V::mask(d, 0xFFFF0000u));
   }
 };
 
+// Codes of 8 and 4 bits: flipping the highest bit of each makes them signed integers, whose sign an
+// arithmetic shift from the top of the dword spreads.
 template <class V>
 struct Int8Values {
   static constexpr Format kFormat = Format::kInt8;
   static constexpr int kStep = 4;
   static constexpr float kCentre = 128;
+  static typename V::I prepare(typename V::I d) { return V::flip(d, 0x80808080u); }
   template <int j>
   static typename V::F value(typename V::I d) {
-    return V::add(V::to_floats(V::mask(V::template shift_right<8 * j>(d), 0xFF)), V::set(-128));
+    return V::to_floats(V::template shift_right_signed<24>(V::template shift_left<24 - 8 * j>(d)));
   }
 };
 
-template <class V, int j>
-typename V::I nibble(typename V::I d) {
-  return V::mask(V::template shift_right<j % 4 * 8 + j / 4 * 4>(d), 0xF);
-}
+// Where the j-th 4-bit code of a step begins in its dword (blocks.h).
+constexpr int nibble_at(int j) { return j % 4 * 8 + j / 4 * 4; }
 
 template <class V>
 struct Int4Values {
   static constexpr Format kFormat = Format::kInt4;
   static constexpr int kStep = 8;
   static constexpr float kCentre = 8;
+  static typename V::I prepare(typename V::I d) { return V::flip(d, 0x88888888u); }
   template <int j>
   static typename V::F value(typename V::I d) {
-    return V::add(V::to_floats(nibble<V, j>(d)), V::set(-8));
+    return V::to_floats(
+        V::template shift_right_signed<28>(V::template shift_left<28 - nibble_at(j)>(d)));
   }
 };
 
-// e2m1, magnitudes 0 .5 1 1.5 2 3 4 6: its exponent and mantissa bits moved to where fp32 has them
-// are the value times 2^-126 (also for the subnormal .5), so a multiplication sets it right.
-// Written with a normal number instead, because a program may have told the CPU to take subnormals
-// for zero: 1.5 .. 6 and 1 have fp32 exponent e + 126; 0 and .5 come from e = 0 by (1 + m / 2) - 1.
+// e2m1: the value of a magnitude 0 .. 7 is looked up, the sign put in.
 template <class V>
 struct Mxfp4Values {
   static constexpr Format kFormat = Format::kMxfp4;
   static constexpr int kStep = 8;
   static constexpr float kCentre = 0;
+  static typename V::I prepare(typename V::I d) { return d; }
   template <int j>
   static typename V::F value(typename V::I d) {
-    const auto code = nibble<V, j>(d);
-    const auto magnitude = V::mask(code, 7);
-    const auto sign = V::template shift_left<28>(V::mask(code, 8));
-    const auto number = V::as_floats(V::add_int(V::template shift_left<22>(magnitude), 126u << 23));
-    // e = 0 made 0.5 * (1 + m / 2); its value is 0.5 * m
-    const auto small = V::fma(number, V::set(2), V::set(-1));
-    return V::sign_of(sign, V::select_small(magnitude, 2, small, number));
+    constexpr int kAt = nibble_at(j);
+    const auto sign = V::mask(V::template shift_left<28 - kAt>(d), 0x80000000u);
+    return V::sign_of(sign, V::e2m1(V::template shift_right<kAt>(d)));
   }
 };
+
+// Magnitudes of e2m1, by the low three bits of each lane (those above do not count).
+alignas(64) inline constexpr float kE2m1Magnitudes[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6,
+                                                0, .5f, 1, 1.5f, 2, 3, 4, 6};
 
 // e4m3, bias 7, no infinity, NaN at 0x7F: likewise; e = 0 means m / 8 * 2^-6.
 template <class V>
@@ -255,6 +231,7 @@ struct Fp8Values {
   static constexpr Format kFormat = Format::kFp8;
   static constexpr int kStep = 4;
   static constexpr float kCentre = 0;
+  static typename V::I prepare(typename V::I d) { return d; }
   template <int j>
   static typename V::F value(typename V::I d) {
     const auto byte = V::mask(V::template shift_right<8 * j>(d), 0xFF);
@@ -290,14 +267,6 @@ constexpr Kernel block_kernel(const char* isa, uint32_t needs, int rank) {
           .store_row = store_row_fp32,
           .peak = peak<Vec, Vec::kChains>,
           .read = read_lines<Vec, kVectorsInLine>};
-}
-
-// The same kernel with activations rounded to 8 bits.
-constexpr Kernel rounded(Kernel kernel) {
-  kernel.mode = Mode::kFast;
-  kernel.load_row = load_row_by_groups<rounded_load_group>;
-  kernel.load_group = rounded_load_group;
-  return kernel;
 }
 
 }  // namespace

@@ -22,9 +22,6 @@ namespace {
 // With more tokens than one tile, rows are cut here so that a tile's activations stay in L1.
 inline constexpr int64_t kChunk = 2048;
 
-// How far ahead memory is asked for when it is read once: some tens of cache lines in flight.
-inline constexpr int64_t kAhead = 4096;
-
 template <class V, class W, int R, int M, bool kPrefetch>
 [[gnu::noinline]] void tile(const char* w, int64_t w_stride, const char* next,
                             const void* const* x_rows, int64_t begin, int64_t end, float* c) {
@@ -82,7 +79,7 @@ template <class V, class W, int R, int M, bool kPrefetch>
   }
 }
 
-using TileFunction = void (*)(const char*, int64_t, const char*, const void* const*, int64_t,
+using RowsTile = void (*)(const char*, int64_t, const char*, const void* const*, int64_t,
                               int64_t, float*);
 
 // Tiles for 1 .. kMaxTokens tokens: [full row group or single row][prefetch][tokens - 1]
@@ -90,7 +87,7 @@ template <class V, class W, class Tokens>
 struct Tiles;
 template <class V, class W, int... M>
 struct Tiles<V, W, std::integer_sequence<int, M...>> {
-  static constexpr TileFunction table[2][2][sizeof...(M)] = {
+  static constexpr RowsTile table[2][2][sizeof...(M)] = {
       {{tile<V, W, V::rows(M + 1), M + 1, false>...}, {tile<V, W, V::rows(M + 1), M + 1, true>...}},
       {{tile<V, W, 1, M + 1, false>...}, {tile<V, W, 1, M + 1, true>...}},
   };

@@ -25,6 +25,9 @@ inline constexpr int kRowPad = 64;
 // scale in a group), and padded to whole groups.
 inline constexpr int kGroup = 128;
 
+// How far ahead memory is asked for when it is read once: some tens of cache lines in flight.
+inline constexpr int64_t kAhead = 4096;
+
 // A row of activations of `k` values; its bytes are the kernel's own affair.
 struct RowShape {
   int64_t k;

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// int8 weights x activations rounded to 8 bits on AVX2: multiplied in fp32.
+// int8 weights x 8-bit activations on AVX2; the loop is byte_tile.h's.
+#include "../byte_tile.h"
 #include "lanes.h"
 
 namespace ey::cpu {
 namespace {
 
-constexpr Kernel int8_fast_avx2 = rounded(packed_kernel<Int8Values>());
+constexpr Kernel int8_fast_avx2 = byte_kernel<ByteLanes, Int8Bytes>(packed_kernel<Int8Values>());
 
 }  // namespace
 EY_REGISTER_KERNEL(int8_fast_avx2);

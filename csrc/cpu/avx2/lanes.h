@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packed weights on AVX2: 8 lanes a vector. A tile is 2 vectors x 4 tokens = 8 sums of the group
-// and 8 of the row (which may live in memory), 2 dwords, 2 weights, 1 activation.
+// Packed weights on AVX2: 8 lanes a vector, 16 ymm. Tiles of one and two tokens take all 32 lanes in
+// one pass (4 vectors: up to 8 sums, 4 dwords, 1 weight, 1 activation), larger ones 16 lanes in
+// each of two (2 vectors x 6 tokens = 12 sums, 2 weights, 1 activation).
 #pragma once
 
 #include "../block_kernel.h"
@@ -13,8 +14,8 @@ struct Lanes {
   using F = __m256;
   using I = __m256i;
   static constexpr int kLanes = 8;
-  static constexpr int kRegs = 2;
-  static constexpr int kMaxTokens = 4;
+  static constexpr int kMaxTokens = 6;
+  static constexpr int regs(int num_tokens) { return num_tokens <= 2 ? 4 : 2; }
 
   static I load_dwords(const char* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -27,6 +28,13 @@ struct Lanes {
   static I shift_right(I v) {
     return _mm256_srli_epi32(v, n);
   }
+  template <int n>
+  static I shift_right_signed(I v) {
+    return _mm256_srai_epi32(v, n);
+  }
+  static I flip(I v, uint32_t m) {
+    return _mm256_xor_si256(v, _mm256_set1_epi32(static_cast<int>(m)));
+  }
   static I mask(I v, uint32_t m) {
     return _mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(m)));
   }
@@ -35,6 +43,7 @@ struct Lanes {
   }
   static F as_floats(I v) { return _mm256_castsi256_ps(v); }
   static F to_floats(I v) { return _mm256_cvtepi32_ps(v); }
+  static F e2m1(I v) { return _mm256_permutevar8x32_ps(_mm256_load_ps(kE2m1Magnitudes), v); }
   static F select_small(I v, uint32_t limit, F small, F large) {
     const auto is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(limit)), v);
     return _mm256_blendv_ps(large, small, _mm256_castsi256_ps(is_small));
@@ -44,11 +53,58 @@ struct Lanes {
     return _mm256_or_ps(other, _mm256_castsi256_ps(is_code));  // all ones is a NaN
   }
   static F sign_of(I sign, F v) { return _mm256_or_ps(v, _mm256_castsi256_ps(sign)); }
+  // kLanes scales (or zeros), from the first-th of a line on
+  static F scales(ScaleType type, const char* line, int first) {
+    const char* p = line + first * size_of(type);
+    const auto halves = [&] { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
+    switch (type) {
+      case ScaleType::kBf16:
+        return as_floats(shift_left<16>(_mm256_cvtepu16_epi32(halves())));
+      case ScaleType::kFp16:
+        return _mm256_cvtph_ps(halves());
+      case ScaleType::kFp32:
+        return _mm256_loadu_ps(reinterpret_cast<const float*>(p));
+      case ScaleType::kE8m0: {  // 2^-127 is subnormal: its bits are not an exponent
+        const auto e =
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+        const auto zero = _mm256_cmpeq_epi32(e, _mm256_setzero_si256());
+        return as_floats(_mm256_blendv_epi8(shift_left<23>(e), _mm256_set1_epi32(0x00400000), zero));
+      }
+      case ScaleType::kNone:
+        break;
+    }
+    return set(1);
+  }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static F set(float v) { return _mm256_set1_ps(v); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+};
+
+// What byte_tile.h needs beside: bytes and their products.
+struct ByteLanes : Lanes {
+  static constexpr int kMaxTokens = 4;  // 2 x 4 sums, 2 codes, 2 weights, 1 activation, products
+  static constexpr int regs(int num_tokens) { return num_tokens == 1 ? 4 : 2; }
+
+  static I broadcast(const char* p) {
+    int v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return _mm256_set1_epi32(v);
+  }
+  static I zero() { return _mm256_setzero_si256(); }
+  static I high_nibbles(I v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
+  static I low_nibbles(I v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+  static I look_up(__m128i table, I v) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), v);
+  }
+  static I magnitudes(I v) { return _mm256_abs_epi8(v); }
+  static I signed_by(I v, I sign) { return _mm256_sign_epi8(v, sign); }  // 0 where sign is 0
+  static I products(I u8, I s8) { return _mm256_maddubs_epi16(u8, s8); }
+  static I add_words(I a, I b) { return _mm256_add_epi16(a, b); }
+  static I add_dwords(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I sum_pairs(I words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 };
 
 template <template <class> class Values>

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// mxfp4 weights x activations rounded to 8 bits on AVX2: multiplied in fp32.
+// mxfp4 weights x 8-bit activations on AVX2; the loop is byte_tile.h's.
+#include "../byte_tile.h"
 #include "lanes.h"
 
 namespace ey::cpu {
 namespace {
 
-constexpr Kernel mxfp4_fast_avx2 = rounded(packed_kernel<Mxfp4Values>());
+constexpr Kernel mxfp4_fast_avx2 = byte_kernel<ByteLanes, Mxfp4Bytes>(packed_kernel<Mxfp4Values>());
 
 }  // namespace
 EY_REGISTER_KERNEL(mxfp4_fast_avx2);

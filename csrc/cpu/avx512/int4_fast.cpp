@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// int4 weights x activations rounded to 8 bits on AVX-512 without VNNI: multiplied in fp32.
+// int4 weights x 8-bit activations on AVX-512 without VNNI; the loop is byte_tile.h's.
+#include "../byte_tile.h"
 #include "lanes.h"
 
 namespace ey::cpu {
 namespace {
 
-constexpr Kernel int4_fast_avx512 = rounded(packed_kernel<Int4Values>());
+constexpr Kernel int4_fast_avx512 = byte_kernel<ByteLanes, Int4Bytes>(packed_kernel<Int4Values>());
 
 }  // namespace
 EY_REGISTER_KERNEL(int4_fast_avx512);

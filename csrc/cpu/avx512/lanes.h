@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packed weights on AVX-512 without dot products of small types: 16 lanes a vector, fp32 products.
-// A tile is both lane sets x 5 tokens = 10 sums of the group, 10 of the row, 2 dwords, 2 weights, 1
-// activation of 32 zmm.
+// Packed weights on AVX-512 without dot products of small types: 16 lanes a vector, 32 zmm. A tile is
+// both lane sets x up to 12 tokens = 24 sums, 2 dwords, 2 weights, 1 activation.
 #pragma once
 
 #include "../block_kernel.h"
+#include "blocks.h"
 #include "vec.h"
 
 namespace ey::cpu {
@@ -14,8 +14,8 @@ struct Lanes {
   using F = __m512;
   using I = __m512i;
   static constexpr int kLanes = 16;
-  static constexpr int kRegs = 2;
-  static constexpr int kMaxTokens = 5;
+  static constexpr int kMaxTokens = 12;
+  static constexpr int regs(int) { return 2; }
 
   static I load_dwords(const char* p) { return _mm512_loadu_si512(p); }
   template <int n>
@@ -26,6 +26,13 @@ struct Lanes {
   static I shift_right(I v) {
     return _mm512_srli_epi32(v, n);
   }
+  template <int n>
+  static I shift_right_signed(I v) {
+    return _mm512_srai_epi32(v, n);
+  }
+  static I flip(I v, uint32_t m) {
+    return _mm512_xor_si512(v, _mm512_set1_epi32(static_cast<int>(m)));
+  }
   static I mask(I v, uint32_t m) {
     return _mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(m)));
   }
@@ -34,6 +41,7 @@ struct Lanes {
   }
   static F as_floats(I v) { return _mm512_castsi512_ps(v); }
   static F to_floats(I v) { return _mm512_cvtepi32_ps(v); }
+  static F e2m1(I v) { return _mm512_permutexvar_ps(v, _mm512_load_ps(kE2m1Magnitudes)); }
   static F select_small(I v, uint32_t limit, F small, F large) {
     const auto is_small = _mm512_cmplt_epu32_mask(v, _mm512_set1_epi32(static_cast<int>(limit)));
     return _mm512_mask_blend_ps(is_small, large, small);
@@ -43,11 +51,41 @@ struct Lanes {
     return _mm512_mask_blend_ps(is_code, other, _mm512_set1_ps(__builtin_nanf("")));
   }
   static F sign_of(I sign, F v) { return _mm512_or_ps(v, _mm512_castsi512_ps(sign)); }
+  // kLanes scales (or zeros), from the first-th of a line on
+  static F scales(ScaleType type, const char* line, int first) {
+    return load_scales(type, line + first * size_of(type));
+  }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static F set(float v) { return _mm512_set1_ps(v); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+};
+
+// What byte_tile.h needs beside: bytes and their products.
+struct ByteLanes : Lanes {
+  static constexpr int kMaxTokens = 8;  // 16 sums, 2 codes, 2 weights, 1 activation, products
+
+  static I broadcast(const char* p) {
+    int v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return _mm512_set1_epi32(v);
+  }
+  static I zero() { return _mm512_setzero_si512(); }
+  static I high_nibbles(I v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
+  static I low_nibbles(I v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+  static I look_up(__m128i table, I v) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), v);
+  }
+  static I magnitudes(I v) { return _mm512_abs_epi8(v); }
+  static I signed_by(I v, I sign) {
+    return _mm512_mask_sub_epi8(v, _mm512_movepi8_mask(sign), _mm512_setzero_si512(), v);
+  }
+  static I products(I u8, I s8) { return _mm512_maddubs_epi16(u8, s8); }
+  static I add_words(I a, I b) { return _mm512_add_epi16(a, b); }
+  static I add_dwords(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I sum_pairs(I words) { return _mm512_madd_epi16(words, _mm512_set1_epi16(1)); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 };
 
 template <template <class> class Values>

@@ -105,7 +105,7 @@ void Exact<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, f
     }
 
     const ScaleType type = shape.packing.scale_type;
-    const Scales scale = load_scales(type, head + part * kLanes);
+    const Scales scale = load_both(type, head + part * kLanes);
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
@@ -117,7 +117,7 @@ void Exact<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, f
       }
     }
     if (shape.packing.zeros) {
-      add_zeros(load_scales(type, head + shape.scale_bytes()), scale,
+      add_zeros(load_both(type, head + shape.scale_bytes()), scale,
                 x + sums_at + g * sizeof(float), x_stride, c);
     }
     if (++part == shape.groups_in_line()) {

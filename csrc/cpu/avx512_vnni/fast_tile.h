@@ -125,14 +125,14 @@ void Fast<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, fl
       add_to_c([](int, __m512 v) __attribute__((always_inline)) { return v; });
       continue;
     }
-    Scales scale = load_scales(type, head + part * kLanes);
+    Scales scale = load_both(type, head + part * kLanes);
     for (auto& v : scale.set) {
       if constexpr (E::kUnit != 1) v = _mm512_mul_ps(v, _mm512_set1_ps(E::kUnit));
     }
     add_to_c([&](int set, __m512 v)
                  __attribute__((always_inline)) { return _mm512_mul_ps(v, scale.set[set]); });
     if (shape.packing.zeros)
-      add_zeros(load_scales(type, head + shape.scale_bytes()), scale, record, c);
+      add_zeros(load_both(type, head + shape.scale_bytes()), scale, record, c);
     if (++part == groups_in_line) {
       part = 0;
       head += shape.line_bytes();
@@ -140,7 +140,7 @@ void Fast<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, fl
     }
   }
   if (whole_rows && s.k_end == shape.padded_k()) {
-    const Scales scale = load_scales(type, head);
+    const Scales scale = load_both(type, head);
     for (int m = 0; m < M; ++m) {
       for (int set = 0; set < 2; ++set) {
         float* out = c + m * kBlockRows + set * kHalfRows;

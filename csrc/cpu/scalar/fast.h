@@ -76,14 +76,10 @@ float fast_dot(const BlockShape& shape, const char* block, int lane, const char*
   for (int64_t k = 0; k < padded;) {
     const int64_t line = k / shape.line_k(), part = k % shape.line_k() / group;
     const char* head = block + line * shape.line_bytes();
-    float scale = 0, zero = W::kCentre;
-    scales_to_fp32(shape.packing.scale_type,
-                   head + (part * kLanes + lane) * size_of(shape.packing.scale_type), 1, &scale);
-    if (shape.packing.zeros) {
-      scales_to_fp32(shape.packing.scale_type,
-                     head + shape.scale_bytes() + lane * size_of(shape.packing.scale_type), 1,
-                     &zero);
-    }
+    const ScaleType type = shape.packing.scale_type;
+    const float scale = scale_at(type, head, part * kLanes + lane);
+    const float zero =
+        shape.packing.zeros ? scale_at(type, head + shape.scale_bytes(), lane) : W::kCentre;
     const char* record = x + row.at(k);
     float x_scale;
     int32_t start;

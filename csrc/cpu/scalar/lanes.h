@@ -8,12 +8,37 @@
 namespace ey::cpu {
 namespace {
 
+// The i-th scale of a line in fp32
+inline float scale_at(ScaleType type, const char* line, int64_t i) {
+  const char* p = line + i * size_of(type);
+  uint16_t half = 0;
+  float single = 1;
+  switch (type) {
+    case ScaleType::kNone:
+      return 1;
+    case ScaleType::kFp32:
+      __builtin_memcpy(&single, p, sizeof single);
+      return single;
+    case ScaleType::kE8m0: {
+      const auto e = static_cast<uint8_t>(*p);
+      return bits<float>(e == 0 ? 0x00400000u : uint32_t{e} << 23);  // 2^-127 is subnormal
+    }
+    case ScaleType::kBf16:
+      __builtin_memcpy(&half, p, sizeof half);
+      return from_bf16(half);
+    case ScaleType::kFp16:
+      __builtin_memcpy(&half, p, sizeof half);
+      return from_fp16(half);
+  }
+  return single;
+}
+
 struct Lanes {
   using F = float;
   using I = uint32_t;
   static constexpr int kLanes = 1;
-  static constexpr int kRegs = 4;
   static constexpr int kMaxTokens = 2;
+  static constexpr int regs(int) { return 4; }
 
   static I load_dwords(const char* p) {
     I v;
@@ -28,13 +53,22 @@ struct Lanes {
   static I shift_right(I v) {
     return v >> n;
   }
+  template <int n>
+  static I shift_right_signed(I v) {
+    return static_cast<I>(static_cast<int32_t>(v) >> n);
+  }
   static I mask(I v, uint32_t m) { return v & m; }
+  static I flip(I v, uint32_t m) { return v ^ m; }
   static I add_int(I v, uint32_t n) { return v + n; }
   static F as_floats(I v) { return bits<float>(v); }
-  static F to_floats(I v) { return static_cast<float>(v); }
+  static F to_floats(I v) { return static_cast<float>(static_cast<int32_t>(v)); }
+  static F e2m1(I v) { return kE2m1Magnitudes[v & 7]; }
   static F select_small(I v, uint32_t limit, F small, F large) { return v < limit ? small : large; }
   static F nan_at(I v, uint32_t code, F other) { return v == code ? __builtin_nanf("") : other; }
   static F sign_of(I sign, F v) { return bits<float>(bits<uint32_t>(v) | sign); }
+  static F scales(ScaleType type, const char* line, int first) {
+    return scale_at(type, line, first);
+  }
   static F load(const float* p) { return *p; }
   static void store(float* p, F v) { *p = v; }
   static F set(float v) { return v; }
