@@ -56,7 +56,8 @@ void Bytes<V, E>::multiply(const char* codes, int64_t count, const char* const (
       for (int r = 0; r < kRegs; ++r) w[r] = E::template bytes<decltype(i)::value>(dwords[r]);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const I xm = V::broadcast(q[m] + x_at + decltype(i)::value * 4);
+        I xm = V::broadcast(q[m] + x_at + decltype(i)::value * 4);
+        V::in_order(xm);
 #pragma GCC unroll 4
         for (int r = 0; r < kRegs; ++r) {
           if constexpr (E::kSigned) {
@@ -65,6 +66,7 @@ void Bytes<V, E>::multiply(const char* codes, int64_t count, const char* const (
           } else {
             acc[m][r] = V::add_words(acc[m][r], V::products(w[r], xm));
           }
+          V::in_order(acc[m][r]);
         }
       }
     };

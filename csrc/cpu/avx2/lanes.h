@@ -87,6 +87,8 @@ struct ByteLanes : Lanes {
   static constexpr int kMaxTokens = 4;  // 2 x 4 sums, 2 codes, 2 weights, 1 activation, products
   static constexpr int regs(int num_tokens) { return num_tokens == 1 ? 4 : 2; }
 
+  // Token by token: left alone, gcc begins with all tokens' products and runs out of registers.
+  static void in_order(I& v) { asm volatile("" : "+x"(v)); }
   static I broadcast(const char* p) {
     int v;
     __builtin_memcpy(&v, p, sizeof v);

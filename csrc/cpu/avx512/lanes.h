@@ -66,6 +66,8 @@ struct Lanes {
 struct ByteLanes : Lanes {
   static constexpr int kMaxTokens = 8;  // 16 sums, 2 codes, 2 weights, 1 activation, products
 
+  // Token by token: left alone, gcc begins with all tokens' products and runs out of registers.
+  static void in_order(I& v) { asm volatile("" : "+v"(v)); }
   static I broadcast(const char* p) {
     int v;
     __builtin_memcpy(&v, p, sizeof v);
