@@ -289,6 +289,7 @@ struct ByteProducts {
   static Acc zero() { return V::zero(); }
   static W load_x(const X* p) { return V::load_dwords(p); }
   static void fma(Acc& acc, W w, W x) {
+    V::in_order(w);  // or products of the same operands would be made once for all
     const auto words = V::products(w, kSigned ? V::signed_by(x, w) : x);
     acc = kSigned ? V::add_dwords(acc, V::sum_pairs(words)) : V::add_words(acc, words);
   }

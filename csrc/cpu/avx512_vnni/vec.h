@@ -12,8 +12,12 @@ namespace {
 // In assembler: gcc 12 copies the sums of its own intrinsic to other registers and back, which
 // halves the speed of a tile of 24. By value: it would keep a reference's target in memory.
 inline __m512i dot_u8_s8(__m512i sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+#ifdef EY_EMULATE_AVX512
+  return ey_avx512::dpbusd_epi32(sum, unsigned_bytes, signed_bytes);
+#else
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
   return sum;
+#endif
 }
 
 // What the probes of the machine's limits need (probe.h).
