@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How kernels of packed weights cut (tokens, k) of a block into tiles, and what a tile fetches ahead
-// meanwhile. What a tile does is a room's own.
+// How kernels of packed weights cut (tokens, k) of a block into tiles, and what a tile fetches
+// ahead meanwhile. What a tile does is a room's own.
 #pragma once
 
 #include <utility>

@@ -36,8 +36,8 @@ struct Bytes {
   // sum[m][r] += dots of `count` steps; codes: the first one's, for kRegs vectors of lanes
   template <int M, int kRegs>
   [[gnu::always_inline]] static inline void multiply(const char* codes, int64_t count,
-                                              const char* const (&q)[M],
-                                              typename V::I (&sum)[M][kRegs]);
+                                                     const char* const (&q)[M],
+                                                     typename V::I (&sum)[M][kRegs]);
 };
 
 template <class V, class E>
@@ -46,7 +46,7 @@ void Bytes<V, E>::multiply(const char* codes, int64_t count, const char* const (
                            typename V::I (&sum)[M][kRegs]) {
   using I = typename V::I;
   int64_t x_at = 0;
-  const auto step = [&](I (&acc)[M][kRegs]) __attribute__((always_inline)) {
+  const auto step = [&](I(&acc)[M][kRegs]) __attribute__((always_inline)) {
     I dwords[kRegs];
 #pragma GCC unroll 4
     for (int r = 0; r < kRegs; ++r) dwords[r] = V::load_dwords(codes + r * V::kLanes * 4);

@@ -79,8 +79,8 @@ template <class V, class W, int R, int M, bool kPrefetch>
   }
 }
 
-using RowsTile = void (*)(const char*, int64_t, const char*, const void* const*, int64_t,
-                              int64_t, float*);
+using RowsTile = void (*)(const char*, int64_t, const char*, const void* const*, int64_t, int64_t,
+                          float*);
 
 // Tiles for 1 .. kMaxTokens tokens: [full row group or single row][prefetch][tokens - 1]
 template <class V, class W, class Tokens>

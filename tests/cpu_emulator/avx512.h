@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// AVX-512 (F, BW, DQ, VL, VBMI, VNNI, BF16) as far as csrc/cpu uses it, on a CPU that has AVX2 only: a
-// room that is compiled with `-include` of this file, and EY_EMULATE_AVX512 defined, runs its
-// kernels anywhere. For tests of what kernels compute; it says nothing about speed.
+// AVX-512 (F, BW, DQ, VL, VBMI, VNNI, BF16) as far as csrc/cpu uses it, on a CPU that has AVX2
+// only: a room that is compiled with `-include` of this file, and EY_EMULATE_AVX512 defined, runs
+// its kernels anywhere. For tests of what kernels compute; it says nothing about speed.
 //
 // Instructions that AVX2 has for half the width are done by halves, the others lane by lane, as
 // Intel's manual defines them. Names of intrinsics are macros, because gcc's own functions of these
@@ -53,10 +53,10 @@ inline V vector(const Lanes<T, n>& from) {
   return out;
 }
 
-#define EY_BY_HALVES(name, V, H, op)                                                       \
-  inline V name(V a, V b) {                                                                \
-    const auto x = split<H>(a), y = split<H>(b);                                           \
-    return join<V>(op(x.half[0], y.half[0]), op(x.half[1], y.half[1]));                    \
+#define EY_BY_HALVES(name, V, H, op)                                    \
+  inline V name(V a, V b) {                                             \
+    const auto x = split<H>(a), y = split<H>(b);                        \
+    return join<V>(op(x.half[0], y.half[0]), op(x.half[1], y.half[1])); \
   }
 EY_BY_HALVES(add_ps, __m512, __m256, _mm256_add_ps)
 EY_BY_HALVES(sub_ps, __m512, __m256, _mm256_sub_ps)
@@ -84,10 +84,10 @@ EY_BY_HALVES(maddubs_epi16, __m512i, __m256i, _mm256_maddubs_epi16)
 EY_BY_HALVES(shuffle_epi8, __m512i, __m256i, _mm256_shuffle_epi8)
 #undef EY_BY_HALVES
 
-#define EY_SHIFT_BY_HALVES(name, op)                                                       \
-  inline __m512i name(__m512i a, int n) {                                                  \
-    const auto x = split<__m256i>(a);                                                      \
-    return join<__m512i>(op(x.half[0], n), op(x.half[1], n));                              \
+#define EY_SHIFT_BY_HALVES(name, op)                          \
+  inline __m512i name(__m512i a, int n) {                     \
+    const auto x = split<__m256i>(a);                         \
+    return join<__m512i>(op(x.half[0], n), op(x.half[1], n)); \
   }
 EY_SHIFT_BY_HALVES(slli_epi16, _mm256_slli_epi16)
 EY_SHIFT_BY_HALVES(srli_epi16, _mm256_srli_epi16)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packed weights on AVX2: 8 lanes a vector, 16 ymm. Tiles of one and two tokens take all 32 lanes in
-// one pass (4 vectors: up to 8 sums, 4 dwords, 1 weight, 1 activation), larger ones 16 lanes in
+// Packed weights on AVX2: 8 lanes a vector, 16 ymm. Tiles of one and two tokens take all 32 lanes
+// in one pass (4 vectors: up to 8 sums, 4 dwords, 1 weight, 1 activation), larger ones 16 lanes in
 // each of two (2 vectors x 6 tokens = 12 sums, 2 weights, 1 activation).
 #pragma once
 
@@ -65,10 +65,10 @@ struct Lanes {
       case ScaleType::kFp32:
         return _mm256_loadu_ps(reinterpret_cast<const float*>(p));
       case ScaleType::kE8m0: {  // 2^-127 is subnormal: its bits are not an exponent
-        const auto e =
-            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+        const auto e = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
         const auto zero = _mm256_cmpeq_epi32(e, _mm256_setzero_si256());
-        return as_floats(_mm256_blendv_epi8(shift_left<23>(e), _mm256_set1_epi32(0x00400000), zero));
+        return as_floats(
+            _mm256_blendv_epi8(shift_left<23>(e), _mm256_set1_epi32(0x00400000), zero));
       }
       case ScaleType::kNone:
         break;
@@ -79,6 +79,7 @@ struct Lanes {
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static F set(float v) { return _mm256_set1_ps(v); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 };
 
@@ -106,7 +107,6 @@ struct ByteLanes : Lanes {
   static I add_words(I a, I b) { return _mm256_add_epi16(a, b); }
   static I add_dwords(I a, I b) { return _mm256_add_epi32(a, b); }
   static I sum_pairs(I words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
-  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 };
 
 template <template <class> class Values>

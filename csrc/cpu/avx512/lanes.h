@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packed weights on AVX-512 without dot products of small types: 16 lanes a vector, 32 zmm. A tile is
-// both lane sets x up to 12 tokens = 24 sums, 2 dwords, 2 weights, 1 activation.
+// Packed weights on AVX-512 without dot products of small types: 16 lanes a vector, 32 zmm. A tile
+// is both lane sets x up to 12 tokens = 24 sums, 2 dwords, 2 weights, 1 activation.
 #pragma once
 
 #include "../block_kernel.h"
@@ -59,6 +59,7 @@ struct Lanes {
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static F set(float v) { return _mm512_set1_ps(v); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 };
 
@@ -91,7 +92,6 @@ struct ByteLanes : Lanes {
   static I add_words(I a, I b) { return _mm512_add_epi16(a, b); }
   static I add_dwords(I a, I b) { return _mm512_add_epi32(a, b); }
   static I sum_pairs(I words) { return _mm512_madd_epi16(words, _mm512_set1_epi16(1)); }
-  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 };
 
 template <template <class> class Values>

@@ -6,7 +6,8 @@
 namespace ey::cpu {
 namespace {
 
-constexpr Kernel mxfp4_fast_avx512 = byte_kernel<ByteLanes, Mxfp4Bytes>(packed_kernel<Mxfp4Values>());
+constexpr Kernel mxfp4_fast_avx512 =
+    byte_kernel<ByteLanes, Mxfp4Bytes>(packed_kernel<Mxfp4Values>());
 
 }  // namespace
 EY_REGISTER_KERNEL(mxfp4_fast_avx512);

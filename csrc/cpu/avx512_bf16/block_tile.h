@@ -117,8 +117,8 @@ void Exact<E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride, f
       }
     }
     if (shape.packing.zeros) {
-      add_zeros(load_both(type, head + shape.scale_bytes()), scale,
-                x + sums_at + g * sizeof(float), x_stride, c);
+      add_zeros(load_both(type, head + shape.scale_bytes()), scale, x + sums_at + g * sizeof(float),
+                x_stride, c);
     }
     if (++part == shape.groups_in_line()) {
       part = 0;

@@ -73,6 +73,7 @@ struct Lanes {
   static void store(float* p, F v) { *p = v; }
   static F set(float v) { return v; }
   static F add(F a, F b) { return a + b; }
+  static F mul(F a, F b) { return a * b; }
   static F fma(F a, F b, F c) { return a * b + c; }
 };
 
