@@ -14,13 +14,16 @@ def has_fast(format: str) -> bool:
 
 
 def default_mode(format: str) -> str:
-    """ "fast" where it has integers of 8 bits to multiply and a CPU that does so, else "exact".
+    """ "fast" where measured perplexity cannot tell it apart (docs/accuracy.md) and this CPU gains.
 
-    Measured perplexity cannot tell the two apart (docs/accuracy.md), and fast is about twice as
-    fast where there are many tokens. A CPU without 8-bit dot products would gain nothing.
+    With VNNI that is int8, int4 and mxfp4: about twice as fast where there are many tokens. With
+    AVX2 or AVX-512 alone it is the 4-bit ones (docs/cpu.md): 8-bit codes gain nothing where an
+    expert has few tokens.
     """
     if not has_fast(format):
         return "exact"
     base = get_format(format).base
-    name = str(_C.kernel_name(base, "bfloat16", "blocks", "fast"))
-    return "fast" if name.endswith("_avx512_vnni") else "exact"
+    isa = str(_C.kernel_name(base, "bfloat16", "blocks", "fast")).partition("_fast_")[2]
+    if isa == "avx512_vnni" or (isa in ("avx2", "avx512") and base != "int8"):
+        return "fast"
+    return "exact"

@@ -81,7 +81,7 @@ class Limits:
 
         read_gbps    reading memory
         bf16_gflops  vdpbf16ps
-        int8_gops    vpdpbusd
+        int8_gops    vpdpbusd, or what the best room has for int8 in mode fast
         fma_gflops   fp32 multiply-add of the widest vectors
         """
 
@@ -96,7 +96,9 @@ class Limits:
         return {
             "read_gbps": statistics.median(self.read_gbps() for _ in range(15)),
             "bf16_gflops": peak(lambda k: k["bf16_inputs"]),
-            "int8_gops": peak(lambda k: k["mode"] == "fast" and k["rank"] > 0),
+            "int8_gops": peak(
+                lambda k: k["mode"] == "fast" and k["format"] == "int8" and k["rank"] > 0
+            ),
             "fma_gflops": peak(lambda k: k["mode"] == "exact" and not k["bf16_inputs"]),
         }
 

@@ -136,8 +136,8 @@ def run(args: argparse.Namespace) -> int:
 
 def about_limits(cpu: str, threads: int, limits: dict[str, float | None]) -> str:
     peaks = (
-        ("vdpbf16ps", "bf16_gflops", "GFLOP/s"),
-        ("vpdpbusd", "int8_gops", "GOP/s"),
+        ("bf16 dots", "bf16_gflops", "GFLOP/s"),
+        ("8-bit dots", "int8_gops", "GOP/s"),
         ("FMA", "fma_gflops", "GFLOP/s"),
     )
     return f"{cpu}, {threads} threads: reads {limits['read_gbps']:.1f} GB/s, " + ", ".join(
