@@ -33,20 +33,31 @@ struct Bytes {
     [[gnu::noinline]] static void run(const Stretch& s, const char* x, int64_t x_stride, float* c);
   };
 
+  // What a step asks memory for: a line each, `step` bytes further every time.
+  struct Ahead {
+    const char *first, *second;
+    int64_t step;
+  };
   // sum[m][r] += dots of `count` steps; codes: the first one's, for kRegs vectors of lanes
-  template <int M, int kRegs>
+  template <int M, int kRegs, bool kFetch>
   [[gnu::always_inline]] static inline void multiply(const char* codes, int64_t count,
-                                                     const char* const (&q)[M],
+                                                     const char* const (&q)[M], Ahead ahead,
                                                      typename V::I (&sum)[M][kRegs]);
 };
 
 template <class V, class E>
-template <int M, int kRegs>
+template <int M, int kRegs, bool kFetch>
 void Bytes<V, E>::multiply(const char* codes, int64_t count, const char* const (&q)[M],
-                           typename V::I (&sum)[M][kRegs]) {
+                           [[maybe_unused]] Ahead ahead, typename V::I (&sum)[M][kRegs]) {
   using I = typename V::I;
   int64_t x_at = 0;
   const auto step = [&](I(&acc)[M][kRegs]) __attribute__((always_inline)) {
+    if constexpr (kFetch) {
+      __builtin_prefetch(ahead.first);
+      __builtin_prefetch(ahead.second);
+      ahead.first += ahead.step;
+      ahead.second += ahead.step;
+    }
     I dwords[kRegs];
 #pragma GCC unroll 4
     for (int r = 0; r < kRegs; ++r) dwords[r] = V::load_dwords(codes + r * V::kLanes * 4);
@@ -128,11 +139,7 @@ void Bytes<V, E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride
       record[m] = x + m * x_stride + row.at(k);
       q[m] = record[m] + FastRow::kCodes;
     }
-    const char *fetch = s.fetch_at(steps), *second = s.second_at(steps);
-    for (int64_t i = 0; i < count; ++i, fetch += s.fetch_step(), second += s.fetch_step()) {
-      __builtin_prefetch(fetch);
-      __builtin_prefetch(second);
-    }
+    const Ahead ahead = {s.fetch_at(steps), s.second_at(steps), s.fetch_step()};
     for (int first = 0; first < kLanes; first += kRegs * V::kLanes) {
       typename V::I sum[M][kRegs];
 #pragma GCC unroll 8
@@ -142,7 +149,11 @@ void Bytes<V, E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride
           sum[m][r] = E::kSigned ? V::zero() : V::broadcast(record[m] + FastRow::kStart);
         }
       }
-      multiply<M, kRegs>(steps + first * 4, count, q, sum);
+      if (first == 0) {
+        multiply<M, kRegs, true>(steps, count, q, ahead, sum);
+      } else {
+        multiply<M, kRegs, false>(steps + first * 4, count, q, ahead, sum);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < kRegs; ++r) {
         const int lane = first + r * V::kLanes;
