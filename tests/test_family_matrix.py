@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForTokenClassification,
     PretrainedConfig,
 )
 
@@ -41,7 +42,58 @@ SMALL_VISION = {
     "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "out_hidden_size": 64,
     "deepstack_visual_indexes": [0],
 }  # fmt: skip
+LANGUAGE = ("text_config", "thinker_config", "ffn_config", "attn_config")
+AUTOS = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForTokenClassification)
+SPARSE = {"mlp_layer_types": ["sparse", "sparse"]}
+GEMMA = {
+    "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 40, "global_head_dim": 16,
+    "num_global_key_value_heads": 2, "vocab_size_per_layer_input": 97,
+    "hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+INKLING2 = {
+    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16,
+    "unpadded_vocab_size": 97, "mlp_gate_softcap": 0.3, "mlp_up_softcap": 0.2,
+}  # fmt: skip
+LOOP = {**INKLING2, "loop_layer_index_start": 0, "loop_layer_index_end": 1, "loop_gate_rank": 8}
+# small enough for half of the gates and ups to be cut off
+LIMIT = {"swiglu_limit": 0.05}
+GLM5 = {**SPARSE, **LIMIT, "qk_rope_head_dim": 0, "index_head_dim": 16, "index_n_heads": 2,
+        "linear_head_dim": 16, "linear_num_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+HY4 = {
+    **LIMIT, **SPARSE, "index_head_dim": 16, "index_n_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+}  # fmt: skip
 OWN = {
+    "deepseek_v4": LIMIT,
+    "hy_v4": LIMIT,
+    "hy_v4_vl": {"text_config": HY4},
+    "glm5_next": {"text_config": GLM5},
+    "beam": SPARSE,
+    "deepseek_ocr2": {"text_config": SPARSE},
+    "unlimited_ocr": {"text_config": SPARSE},
+    "mistral_large4": {"text_config": SPARSE},
+    "step3p7": {"text_config": {**SPARSE, "swiglu_limits": [0.0, 0.05]}},
+    "ernie4_5_vl_moe": {
+        "text_config": {**SPARSE, "moe_intermediate_size": [40, 24], "moe_num_experts": 4,
+                        "moe_k": 2}
+    },
+    "gemma4_text": {**GEMMA, "enable_moe_block": True},
+    "gemma4": {"text_config": {**GEMMA, "enable_moe_block": True}},
+    "diffusion_gemma": {"text_config": GEMMA},
+    "inkling2_text": INKLING2,
+    "inkling2_loop_text": LOOP,
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+    "dbrx": {
+        "d_model": 64, "n_heads": 4, "n_layers": 2,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 40, "moe_top_k": 2},
+    },
+    "nemotron_h": {
+        "layers_block_type": ["moe", "full_attention"], "moe_latent_size": 48,
+        "moe_shared_expert_intermediate_size": 32,
+    },
+    "muse_spark": {"text_config": {"moe_hidden_size": 48}},
+    "qwen3_omni_moe_thinker": {"text_config": {}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0},
     "qwen3_vl_moe": {"text_config": {}, "vision_config": {}},
     "glm4v_moe": {
@@ -81,12 +133,18 @@ def tiny(family):
         base = AutoConfig.for_model(family)
     except ValueError:
         pytest.skip(f"this transformers has no {family}")
+    return AutoConfig.for_model(family, **small(base, SMALL, OWN.get(family, {})))
+
+
+def small(base, sizes, own):
+    """Sizes of a config, and of the configs in it: what has experts or none as SMALL says, what
+    looks or listens as SMALL_VISION does."""
     parts = {
-        name: {**shrunk(part, SMALL if name == "text_config" else SMALL_VISION), **changes}
-        for name, changes in OWN.get(family, {}).items()
-        if isinstance(part := getattr(base, name, None), PretrainedConfig)
+        name: small(part, SMALL if name in LANGUAGE else SMALL_VISION, own.get(name, {}))
+        for name, part in vars(base).items()
+        if isinstance(part, PretrainedConfig)
     }
-    return AutoConfig.for_model(family, **{**shrunk(base, SMALL), **OWN.get(family, {}), **parts})
+    return {**shrunk(base, sizes), **own, **parts}
 
 
 def shrunk(base, small):
@@ -100,7 +158,7 @@ def shrunk(base, small):
 
 def model_of(config, **options):
     """A language model, alone or behind a vision tower."""
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+    for auto in AUTOS:
         if type(config) in auto._model_mapping:
             return auto.from_config(config, **options)
     raise AssertionError(f"transformers has no model for {type(config).__name__}")
