@@ -76,6 +76,14 @@ def split_keys(
         elif target in state_dict:
             dense.append(key)
 
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    if shared := sorted(target for target in expected if target in tied):
+        raise LoadError(
+            f"{shared[0]!r} is {tied[shared[0]]!r} under another name: experts that two modules "
+            "share are not read from checkpoints. Load the model without ExpertsConfig and call "
+            "expertyard.attach(model) instead."
+        )
+
     def source(name: str, layout: ExpertsLayout, parameter: str) -> Source:
         targets = [f"{name}.{theirs}" for theirs in layout.names_of(parameter)]
         parts = [

@@ -187,11 +187,11 @@ def read_arch(config: Mapping[str, Any], where: str) -> Arch:
     hidden_size = read.number("hidden_size", "n_embd", "d_model")
     num_heads = read.number("num_attention_heads", "n_head", "n_heads")
     kv_lora_rank = read.number("kv_lora_rank", default=0, least=0)
-    head_dim = read.number("head_dim", default=hidden_size // num_heads or 1)
+    head_dim = read.number("head_dim", default=0, least=0) or hidden_size // num_heads or 1
     rope_head_dim = 0
     v_head_dim = head_dim
     if kv_lora_rank:
-        rope_head_dim = read.number("qk_rope_head_dim")
+        rope_head_dim = read.number("qk_rope_head_dim", least=0)
         head_dim = read.number("qk_nope_head_dim") + rope_head_dim
         v_head_dim = read.number("v_head_dim")
 

@@ -2,8 +2,8 @@
 """What the planner knows of a model: layers, expert shapes, bytes. Plain frozen data; reads
 nothing.
 
-P, the weights of one expert, is 3 * hidden_size * intermediate_size: gate, up and down; 2 * ... where
-there is no gate.
+P, the weights of one expert, is 3 * hidden_size * intermediate_size: gate, up and down; 2 * ...
+where there is no gate.
 """
 
 from __future__ import annotations
