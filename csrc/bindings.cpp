@@ -126,14 +126,14 @@ ey::BlockShape block_shape(const std::string& format, const std::string& scale_t
 // Bytes of the blobs of one expert: (w13, w2).
 std::pair<int64_t, int64_t> blob_bytes(const std::string& format, const std::string& scale_type,
                                        int64_t group_size, bool zeros, int64_t hidden_size,
-                                       int64_t intermediate_size) {
+                                       int64_t intermediate_size, bool has_gate) {
   const auto w13 = block_shape(format, scale_type, group_size, zeros, hidden_size);
   const auto w2 = block_shape(format, scale_type, group_size, zeros, intermediate_size);
-  return {ey::w13_blocks(intermediate_size) * w13.block_bytes(),
+  return {ey::w13_blocks(intermediate_size, has_gate) * w13.block_bytes(),
           ey::w2_blocks(hidden_size) * w2.block_bytes()};
 }
 
-// sources: one (codes, scales, zeros) of addresses a matrix: gate and up for w13, one for w2. Rows
+// sources: one (codes, scales, zeros) of addresses a matrix: gate and up for w13, else one. Rows
 // are contiguous: codes [rows, k], scales and zeros [rows, groups].
 void pack_blob(const std::string& format, const std::string& scale_type, int64_t group_size,
                bool zeros, int64_t rows, int64_t k,
@@ -262,24 +262,28 @@ int64_t add_experts(const std::string& format, const std::string& activation, fl
   auto entry = std::make_unique<ey::ExpertSetEntry>();
   entry->pointers.reserve(pointers.size());
   for (const auto& p : pointers) entry->pointers.push_back(pointers_of(p));
-  entry->set = {
-      .format = parsed,
-      .layout = parsed_layout,
-      .mode = parse_mode(mode),
-      .packing = parsed_layout == ey::Layout::kBlocks
-                     ? parse_packing(parsed, scale_type, group_size, zeros)
-                     : ey::Packing{},
-      .activation = parse<ey::Activation>(activation, {{"silu", ey::Activation::kSiluGlu},
-                                                       {"gelu_tanh", ey::Activation::kGeluTanhGlu},
-                                                       {"swigluoai", ey::Activation::kSwigluOai}}),
-      .alpha = alpha,
-      .limit = limit,
-      .num_experts = static_cast<int64_t>(pointers.size()),
-      .hidden_size = hidden_size,
-      .intermediate_size = intermediate_size,
-      .gate_up_row_stride = gate_up_row_stride,
-      .down_row_stride = down_row_stride,
-      .experts = entry->pointers.data()};
+  entry->set = {.format = parsed,
+                .layout = parsed_layout,
+                .mode = parse_mode(mode),
+                .packing = parsed_layout == ey::Layout::kBlocks
+                               ? parse_packing(parsed, scale_type, group_size, zeros)
+                               : ey::Packing{},
+                .activation = parse<ey::Activation>(
+                    activation, {{"silu", ey::Activation::kSiluGlu},
+                                 {"gelu_tanh", ey::Activation::kGeluTanhGlu},
+                                 {"swigluoai", ey::Activation::kSwigluOai},
+                                 {"silu_clamp_before", ey::Activation::kSiluGluClampBefore},
+                                 {"silu_clamp_after", ey::Activation::kSiluGluClampAfter},
+                                 {"softcap_silu", ey::Activation::kSoftcapGlu},
+                                 {"relu2", ey::Activation::kRelu2}}),
+                .alpha = alpha,
+                .limit = limit,
+                .num_experts = static_cast<int64_t>(pointers.size()),
+                .hidden_size = hidden_size,
+                .intermediate_size = intermediate_size,
+                .gate_up_row_stride = gate_up_row_stride,
+                .down_row_stride = down_row_stride,
+                .experts = entry->pointers.data()};
   if (device >= 0) {
     throw_unless(ey::cuda::make_table(device, entry->pointers.data(), &entry->set));
     entry->device = device;
@@ -405,7 +409,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("device") = -1, py::arg("layout") = "rows", py::arg("mode") = "exact",
         py::arg("scale_type") = "none", py::arg("group_size") = 0, py::arg("zeros") = false);
   m.def("blob_bytes", &blob_bytes, py::arg("format"), py::arg("scale_type"), py::arg("group_size"),
-        py::arg("zeros"), py::arg("hidden_size"), py::arg("intermediate_size"));
+        py::arg("zeros"), py::arg("hidden_size"), py::arg("intermediate_size"),
+        py::arg("has_gate"));
   m.def("pack_blob", &pack_blob, py::arg("format"), py::arg("scale_type"), py::arg("group_size"),
         py::arg("zeros"), py::arg("rows"), py::arg("k"), py::arg("sources"), py::arg("out"));
   m.def("quantize_rows", &quantize_rows, py::arg("format"), py::arg("scale_type"),

@@ -5,7 +5,8 @@
 //   blob    blocks, one behind the other
 //   block   32 lanes x all of k; a lane is an output row
 //             w13: block b = gate rows 16 b .. 16 b + 15 (lane set A), up rows 16 b .. (lane set B)
-//             w2:  block b = rows 32 b .. 32 b + 15 (A), 32 b + 16 .. 32 b + 31 (B)
+//             w2:  block b = rows 32 b .. 32 b + 15 (A), 32 b + 16 .. 32 b + 31 (B); so is w13
+//                  where the activation has no gate
 //           rows beyond the matrix are zeros
 //   line    what shares one run of scales: [32 scales] [32 zeros, if there are any] [steps]
 //           one group along k; two for e8m0, whose scales are 32 + 32 bytes
@@ -22,12 +23,6 @@
 #pragma once
 
 #include "moe.h"
-
-#ifdef __CUDACC__
-#define EY_BOTH __host__ __device__
-#else
-#define EY_BOTH
-#endif
 
 namespace ey {
 
@@ -78,8 +73,9 @@ struct BlockShape {
   }
 };
 
-EY_BOTH constexpr int64_t w13_blocks(int64_t intermediate_size) {
-  return (intermediate_size + kLaneSet - 1) / kLaneSet;
+EY_BOTH constexpr int w13_rows(bool has_gate) { return has_gate ? kLaneSet : kLanes; }  // of h
+EY_BOTH constexpr int64_t w13_blocks(int64_t intermediate_size, bool has_gate) {
+  return (intermediate_size + w13_rows(has_gate) - 1) / w13_rows(has_gate);
 }
 EY_BOTH constexpr int64_t w2_blocks(int64_t hidden_size) {
   return (hidden_size + kLanes - 1) / kLanes;

@@ -3,11 +3,18 @@
 //
 //   out[t] = sum_k topk_weights[t, k] * FFN[topk_ids[t, k]](hidden_states[t])
 //   FFN[e](x) = down_e @ act(gate_e @ x + gate_bias_e, up_e @ x + up_bias_e) + down_bias_e
+//            or down_e @ act(up_e @ x + up_bias_e) + down_bias_e, if act has no gate
 //
 // Sums and the weighted combine are in fp32; out is rounded once.
 #pragma once
 
 #include <cstdint>
+
+#ifdef __CUDACC__
+#define EY_BOTH __host__ __device__
+#else
+#define EY_BOTH
+#endif
 
 namespace ey {
 
@@ -38,12 +45,19 @@ enum class Activation : int32_t {
   kGeluTanhGlu,  // gelu_tanh(gate) * up
   kSwigluOai,  // g = min(gate, limit), u = clamp(up, -limit, limit): (u + 1) * g * sigmoid(alpha *
                // g)
+  kSiluGluClampBefore,  // silu(min(gate, limit)) * clamp(up, -limit, limit)
+  kSiluGluClampAfter,   // min(silu(gate), limit) * clamp(up, -limit, limit)
+  kSoftcapGlu,          // alpha * tanh(gate / alpha) * sigmoid(gate) * limit * tanh(up / limit)
+  kRelu2,               // max(up, 0)^2, without a gate
 };
 
+EY_BOTH constexpr bool has_gate(Activation a) { return a != Activation::kRelu2; }
+
 // Where one expert lies. kBlocks: gate and down are the blobs of blocks.h for w13 and w2, up is not
-// used. kRows: rows are contiguous along their last dimension (hidden_size for gate and
-// up, intermediate_size for down); ExpertSet says how far apart rows are. Interleaved gate/up is
-// up = gate + one row, with twice the row stride: no copy. Biases are fp32, contiguous, or null.
+// used. Without a gate, gate is the up matrix. kRows: rows are contiguous along their last
+// dimension (hidden_size for gate and up, intermediate_size for down); ExpertSet says how far apart
+// rows are. Interleaved gate/up is up = gate + one row, with twice the row stride: no copy. Biases
+// are fp32, contiguous, or null.
 struct ExpertPointers {
   const void* gate;  // null: this expert is not here, and its share of the sum is left out
   const void* up;
@@ -60,8 +74,8 @@ struct ExpertSet {
   Mode mode;
   Packing packing;  // kBlocks only
   Activation activation;
-  float alpha;  // kSwigluOai only
-  float limit;  // kSwigluOai only
+  float alpha;  // kSwigluOai; kSoftcapGlu: the gate's cap
+  float limit;  // kSwigluOai, kSiluGluClamp*; kSoftcapGlu: the cap of up. May be infinite
   int64_t num_experts;
   int64_t hidden_size;
   int64_t intermediate_size;

@@ -6,6 +6,7 @@ import torch
 
 from expertyard.native import _C
 from expertyard.ops import moe_experts
+from expertyard.reference import ACTIVATIONS
 from expertyard.testing import Kernel, calc_diff, kernels, poison_scratch, random_problem
 
 SHAPES = {  # hidden_size, intermediate_size, num_experts
@@ -127,22 +128,78 @@ def test_any_top_k(example: Kernel, top_k: int) -> None:
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["concatenated", "interleaved"])
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "swigluoai"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_bias_and_layout(
     kernel: Kernel, activation: str, interleaved: bool, bias: bool
 ) -> None:
+    """Gates and ups of unit variance: a limit of 0.7 cuts half of them off."""
     for num_tokens in (3, 40):
         check(
             kernel,
             num_tokens=num_tokens,
             hidden_size=90,
             intermediate_size=50,
+            limit=0.7,
             num_experts=4,
             top_k=2,
             activation=activation,
             interleaved=interleaved,
             bias=bias,
         )
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 64, 400])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_experts_without_a_gate(kernel: Kernel, shape: str, num_tokens: int) -> None:
+    """Blocks of 32 up rows: the last one short, one group of h or several, any number of tokens."""
+    hidden_size, intermediate_size, num_experts = SHAPES[shape]
+    check(
+        kernel,
+        kernel.hidden_dtypes()[0],
+        num_tokens=num_tokens,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_experts=num_experts,
+        top_k=2,
+        activation="relu2",
+        bias=num_tokens == 7,
+    )
+
+
+@pytest.mark.parametrize("activation", ["silu_clamp_before", "silu_clamp_after", "swigluoai"])
+def test_no_limit_is_infinite(example: Kernel, activation: str) -> None:
+    check(
+        example,
+        num_tokens=5,
+        hidden_size=70,
+        intermediate_size=36,
+        num_experts=4,
+        top_k=2,
+        activation=activation,
+        limit=float("inf"),
+    )
+
+
+def test_softcap_keeps_the_digits_of_small_activations(example: Kernel) -> None:
+    """tanh is no difference of large numbers: small gates and ups are as exact as others."""
+    p = random_problem(
+        num_tokens=6,
+        hidden_size=64,
+        intermediate_size=32,
+        num_experts=4,
+        top_k=2,
+        format=example.format,
+        layout=example.layout,
+        mode=example.mode,
+        hidden_dtype=example.hidden_dtypes()[-1],
+        activation="softcap_silu",
+        alpha=4.0,
+        limit=25.0,
+    )
+    x = p.hidden_states * 1e-3
+    out = moe_experts(x, p.topk_ids, p.topk_weights, p.pack())
+    expected = type(p)(**{**vars(p), "hidden_states": x}).reference()
+    assert calc_diff(out, expected) <= example.tolerance(x.dtype)
 
 
 @pytest.mark.parametrize("num_tokens", [13, 16, 17, 192, 193, 400])
@@ -179,7 +236,7 @@ def test_no_tokens(example: Kernel) -> None:
 
 def test_large_activations_saturate_like_the_reference(kernel: Kernel) -> None:
     """silu and its kin at +-1e4: exp must neither overflow nor turn into NaN."""
-    for activation in ("silu", "gelu_tanh", "swigluoai"):
+    for activation in ACTIVATIONS:
         p = random_problem(
             num_tokens=6,
             hidden_size=64,

@@ -37,7 +37,6 @@ constexpr int64_t kAloneBytes = 64 << 10;  // hidden states that the caller load
 constexpr int64_t kPassBytes = 256ll
                                << 20;  // bound on rows of slots; more tokens are done in passes
 constexpr int64_t kMinPassTokens = 64;
-constexpr int64_t kGroupBlocks = kGroup / kHalfRows;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -49,7 +48,10 @@ struct Layer {
   RowShape x_shape, h_shape;
   int64_t x_stride, h_stride, stage_stride;  // bytes between rows
   int64_t w13_bytes, w2_bytes;               // of a packed block
-  bool groups_h;                             // h goes through fp32 and load_group
+  bool gated;        // a block of w13 has 16 gate and 16 up rows, else 32 up
+  int64_t w13_rows;  // values of h that a block of w13 makes
+  int64_t num_w13_blocks;
+  bool groups_h;  // h goes through fp32 and load_group
 
   Layer(const Kernel& k, const MoeArgs& a)
       : kernel(k),
@@ -62,6 +64,9 @@ struct Layer {
         stage_stride(round_up(set.intermediate_size, kGroup) * sizeof(float) + 64),
         w13_bytes(BlockShape{set.format, set.packing, set.hidden_size}.block_bytes()),
         w2_bytes(BlockShape{set.format, set.packing, set.intermediate_size}.block_bytes()),
+        gated(has_gate(set.activation)),
+        w13_rows(ey::w13_rows(gated)),
+        num_w13_blocks(w13_blocks(set.intermediate_size, gated)),
         groups_h(k.load_group != nullptr) {}
 };
 
@@ -136,9 +141,8 @@ void load(Pass& p, int thread, int threads) {
 
 void find_rows(Pass& p, int thread, int threads) {
   const Layer& l = p.layer;
-  // Blocks of h are kHalfRows wide, its padding is wider: what no block writes must be zero.
-  const int64_t written =
-      ceil_div(l.set.intermediate_size, kHalfRows) * kHalfRows * l.kernel.h_size;
+  // Blocks of h are narrower than its padding: what no block writes must be zero.
+  const int64_t written = l.num_w13_blocks * l.w13_rows * l.kernel.h_size;
   const int64_t last = p.slots() * (thread + 1) / threads;
   for (int64_t s = p.slots() * thread / threads; s < last; ++s) {
     char* row = p.x + p.routing.token[s] * l.x_stride;
@@ -203,6 +207,15 @@ struct W13Place {
   bool new_rows = false;  // the thread comes from another expert
 };
 
+// 32 rows of one matrix from `row` on, as far as it has them.
+template <class RowOf>
+void put_rows(const RowOf& row_of, int64_t row, int64_t end, Weights* w) {
+  const int num_rows = static_cast<int>(std::min<int64_t>(kBlockRows, end - row));
+  w->num_rows[0] = std::min(num_rows, kHalfRows);
+  w->num_rows[1] = std::max(0, num_rows - kHalfRows);
+  for (int half = 0; half < 2; ++half) w->row[half] = row_of(row + half * kHalfRows);
+}
+
 // A block of gate and up, and the block that this thread reads after it.
 Weights w13_weights(const Pass& p, W13Place here, W13Place after) {
   const ExpertSet& set = p.layer.set;
@@ -223,16 +236,24 @@ Weights w13_weights(const Pass& p, W13Place here, W13Place after) {
     return w;
   }
   w.row_stride = set.gate_up_row_stride;
-  const auto row_of = [&](const void* matrix, int64_t block) {
-    return static_cast<const char*>(matrix) + block * kHalfRows * w.row_stride;
+  const auto row_of = [&](const void* matrix, int64_t row) {
+    return static_cast<const char*>(matrix) + row * w.row_stride;
   };
-  w.row[0] = row_of(e.gate, index);
-  w.row[1] = row_of(e.up, index);
+  const int64_t row = index * p.layer.w13_rows, next_row = next_index * p.layer.w13_rows;
+  if (!p.layer.gated) {
+    put_rows([&](int64_t r) { return row_of(e.gate, r); }, row, set.intermediate_size, &w);
+    for (int half = 0; has_next && half < 2; ++half) {
+      w.next_row[half] = row_of(next.gate, next_row + half * kHalfRows);
+    }
+    return w;
+  }
+  w.row[0] = row_of(e.gate, row);
+  w.row[1] = row_of(e.up, row);
   w.num_rows[0] = w.num_rows[1] =
-      static_cast<int>(std::min<int64_t>(kHalfRows, set.intermediate_size - index * kHalfRows));
+      static_cast<int>(std::min<int64_t>(kHalfRows, set.intermediate_size - row));
   if (has_next) {
-    w.next_row[0] = row_of(next.gate, next_index);
-    w.next_row[1] = row_of(next.up, next_index);
+    w.next_row[0] = row_of(next.gate, next_row);
+    w.next_row[1] = row_of(next.up, next_row);
   }
   return w;
 }
@@ -245,24 +266,24 @@ void w13_block(Pass& p, W13Place here, W13Place after, int64_t begin, int64_t en
   const Routing& r = p.routing;
   const int a = r.by_load[here.order];
   const ExpertPointers& e = l.set.experts[r.active[a]];
-  const int64_t row = here.index * kHalfRows;
+  const int64_t row = here.index * l.w13_rows;
   const Weights w = w13_weights(p, here, after);
   const bool other = after.order >= 0 && after.order != here.order;
   const auto* next_x = other ? p.x_of[r.first[r.by_load[after.order]]] : nullptr;
   const Rows rows{here.new_rows, static_cast<const char*>(next_x)};
   multiply(p, w, p.x_of, begin, end, r.first[a + 1] - r.first[a], rows, thread,
            [&](int64_t s, int tokens) {
-             l.kernel.activate({.c = p.tile(thread),
-                                .num_tokens = tokens,
-                                .num_rows = static_cast<int>(
-                                    std::min<int64_t>(kHalfRows, l.set.intermediate_size - row)),
-                                .gate_bias = e.gate_bias ? e.gate_bias + row : nullptr,
-                                .up_bias = e.up_bias ? e.up_bias + row : nullptr,
-                                .activation = l.set.activation,
-                                .alpha = l.set.alpha,
-                                .limit = l.set.limit,
-                                .h = h_row(s),
-                                .h_stride = h_stride});
+             l.kernel.activate(
+                 {.c = p.tile(thread),
+                  .num_tokens = tokens,
+                  .num_rows = static_cast<int>(std::min(l.w13_rows, l.set.intermediate_size - row)),
+                  .gate_bias = e.gate_bias ? e.gate_bias + row : nullptr,
+                  .up_bias = e.up_bias ? e.up_bias + row : nullptr,
+                  .activation = l.set.activation,
+                  .alpha = l.set.alpha,
+                  .limit = l.set.limit,
+                  .h = h_row(s),
+                  .h_stride = h_stride});
            });
 }
 
@@ -274,7 +295,7 @@ void w13_single(Pass& p, W13Place here, W13Place after, int thread) {
   const bool staged = l.groups_h;
   const int64_t stride = staged ? l.stage_stride : l.h_stride;
   const int64_t size = staged ? sizeof(float) : l.kernel.h_size;
-  char* base = (staged ? p.stage : p.h) + here.index * kHalfRows * size;
+  char* base = (staged ? p.stage : p.h) + here.index * l.w13_rows * size;
   w13_block(p, here, after, r.first[a], r.first[a + 1], stride, thread,
             [&](int64_t s) { return base + s * stride; });
 }
@@ -287,9 +308,8 @@ void w13_group(Pass& p, W13Place here, W13Place after, int thread) {
   const int a = r.by_load[here.order];
   const int64_t end = r.first[a + 1];
   const int64_t first_block = here.index;
-  const int64_t last_block =
-      std::min(first_block + kGroupBlocks, w13_blocks(l.set.intermediate_size));
-  const int64_t k_begin = first_block * kHalfRows;
+  const int64_t last_block = std::min(first_block + kGroup / l.w13_rows, l.num_w13_blocks);
+  const int64_t k_begin = first_block * l.w13_rows;
   float* stage = p.group_stage(thread);
   for (int64_t s = r.first[a]; s < end; s += kTileTokens) {
     const int64_t chunk_end = std::min(s + kTileTokens, end);
@@ -299,7 +319,7 @@ void w13_group(Pass& p, W13Place here, W13Place after, int thread) {
                             : chunk_end < end      ? here
                                                    : after;
       w13_block(p, now, next, s, chunk_end, kGroup * sizeof(float), thread, [&](int64_t) {
-        return reinterpret_cast<char*>(stage + (block - first_block) * kHalfRows);
+        return reinterpret_cast<char*>(stage + (block - first_block) * l.w13_rows);
       });
     }
     for (int64_t slot = s; slot < chunk_end; ++slot) {
@@ -315,8 +335,8 @@ void w13_group(Pass& p, W13Place here, W13Place after, int thread) {
 
 void w13(Pass& p, int thread, int threads) {
   const bool grouped = p.layer.groups_h && !p.few;
-  const int64_t unit = grouped ? kGroupBlocks : 1;  // blocks of a task
-  const int64_t per_expert = ceil_div(w13_blocks(p.layer.set.intermediate_size), unit);
+  const int64_t unit = grouped ? kGroup / p.layer.w13_rows : 1;  // blocks of a task
+  const int64_t per_expert = ceil_div(p.layer.num_w13_blocks, unit);
   const int64_t total = per_expert * p.routing.num_active;
   const auto place = [&](int64_t task) {
     return W13Place{static_cast<int>(task / per_expert), task % per_expert * unit};
@@ -385,11 +405,8 @@ Weights w2_weights(const Pass& p, int a, int64_t strip, int64_t begin, int64_t e
   w.row_stride = set.down_row_stride;
   const auto row_of = [&](int active, int64_t row) { return down(active) + row * w.row_stride; };
   const int64_t row = strip * kBlockRows;
-  const int num_rows = static_cast<int>(std::min<int64_t>(kBlockRows, set.hidden_size - row));
-  w.num_rows[0] = std::min(num_rows, kHalfRows);
-  w.num_rows[1] = std::max(0, num_rows - kHalfRows);
+  put_rows([&](int64_t r) { return row_of(a, r); }, row, set.hidden_size, &w);
   for (int half = 0; half < 2; ++half) {
-    w.row[half] = row_of(a, row + half * kHalfRows);
     if (has_next) w.next_row[half] = row_of(next_a, next_strip * kBlockRows + half * kHalfRows);
   }
   return w;
@@ -461,8 +478,8 @@ void run_pass(void* context, Team& team, int thread) {
 int64_t expert_bytes(const Layer& l) {
   const ExpertSet& set = l.set;
   if (set.layout == Layout::kRows)
-    return 3 * set.hidden_size * set.intermediate_size * size_of(set.format);
-  return w13_blocks(set.intermediate_size) * l.w13_bytes + w2_blocks(set.hidden_size) * l.w2_bytes;
+    return (l.gated ? 3 : 2) * set.hidden_size * set.intermediate_size * size_of(set.format);
+  return l.num_w13_blocks * l.w13_bytes + w2_blocks(set.hidden_size) * l.w2_bytes;
 }
 
 // Waking a sleeping thread takes about as long as a thread needs for 1 MB of weights or 5 MFLOP: a
@@ -471,7 +488,7 @@ int useful_threads(const Layer& l, int num_threads) {
   constexpr int64_t kBytes = 1 << 20, kFlops = 5'000'000;
   const int64_t slots = l.args.num_tokens * l.args.top_k;
   const int64_t bytes = std::min(slots, l.set.num_experts) * expert_bytes(l);
-  const int64_t flops = 6 * slots * l.set.hidden_size * l.set.intermediate_size;
+  const int64_t flops = (l.gated ? 6 : 4) * slots * l.set.hidden_size * l.set.intermediate_size;
   return static_cast<int>(
       std::min<int64_t>(num_threads, 1 + std::max(bytes / kBytes, flops / kFlops)));
 }

@@ -3,8 +3,9 @@
 // a kernel is a handful of inner loops for one weight format on one instruction set.
 //
 // The schedule works in blocks of two halves of kHalfRows weight rows: 16 gate rows and their 16 up
-// rows, or 32 down rows. `multiply` leaves a block's dot products in a small fp32 tile
-// c[token][row], which stays in cache until `activate` or `combine` has used it.
+// rows, or 32 down rows (or up rows, where there is no gate). `multiply` leaves a block's dot
+// products in a small fp32 tile c[token][row], which stays in cache until `activate` or `combine`
+// has used it.
 #pragma once
 
 #include <cstdint>
@@ -81,11 +82,12 @@ struct MultiplyArgs {
   const char* next_x;  // the next block's first rows, if those are new; else null
 };
 
-// h[t][i] = act(c[t][i] + gate_bias[i], c[t][kHalfRows + i] + up_bias[i]) for i < num_rows
+// h[t][i] = act(c[t][i] + gate_bias[i], c[t][kHalfRows + i] + up_bias[i]) for i < num_rows, or
+// act(c[t][i] + up_bias[i]) without a gate
 struct ActivateArgs {
   const float* c;
   int num_tokens;
-  int num_rows;            // <= kHalfRows
+  int num_rows;            // <= kHalfRows; <= kBlockRows without a gate
   const float* gate_bias;  // null: none
   const float* up_bias;
   Activation activation;

@@ -16,7 +16,7 @@ constexpr int64_t kLeastWorkspace = int64_t(128) << 20, kMostWorkspace = int64_t
 int64_t weight_bytes(const ExpertSet& set) {
   if (set.layout == Layout::kBlocks) {
     return set.num_experts *
-           (w13_blocks(set.intermediate_size) *
+           (w13_blocks(set.intermediate_size, has_gate(set.activation)) *
                 BlockShape{set.format, set.packing, set.hidden_size}.block_bytes() +
             w2_blocks(set.hidden_size) *
                 BlockShape{set.format, set.packing, set.intermediate_size}.block_bytes());

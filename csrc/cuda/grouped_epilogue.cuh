@@ -51,6 +51,26 @@ __device__ __forceinline__ void finish_tile(const Args& a, const Tile& tile, int
                              sums[1][n][i] + bias[2], sums[1][n][2 + i] + bias[3]});
       }
     }
+  } else if (!has_gate(set.activation)) {
+    const int64_t row = int64_t(block) * kLanes + 4 * g;
+    int places[4];
+    float bias[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      places[i] = place(a.order, int(row) + i);
+      if (expert.up_bias && row + i < set.intermediate_size) bias[i] = expert.up_bias[row + i];
+    }
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int column = 8 * n + 2 * t + i % 2;
+        if (column >= tile.count) continue;
+        const float up = sums[i / 4][n][i % 4] + bias[i / 2];
+        a.h[int64_t(pairs[column]) * a.h_stride + places[i / 2]] =
+            ptx::float_to_bf16(activate(set.activation, up, up, set.alpha, set.limit));
+      }
+    }
   } else {
     // Lanes of g < 4 have gate rows, the others the up rows of the same i. Each gives its partner
     // what that one lacks: the first two of the four rows are finished by g < 4, the last two by

@@ -26,7 +26,8 @@ inline int64_t x_stride(const Products& p, const ExpertSet& set) {
   return round_up(set.hidden_size, p.x_run);
 }
 inline int64_t h_stride(const Products& p, const ExpertSet& set) {
-  return round_up(w13_blocks(set.intermediate_size) * kLaneSet, p.h_run);
+  const bool gated = has_gate(set.activation);
+  return round_up(w13_blocks(set.intermediate_size, gated) * w13_rows(gated), p.h_run);
 }
 inline int64_t y_stride(const ExpertSet& set) { return w2_blocks(set.hidden_size) * kLanes; }
 

@@ -236,7 +236,8 @@ class Consumer {
       const Tile tile = a.routing.tiles[items.tile()];
       const int block = items.first_block() + warp;
       if (block >= a.matrix.num_blocks) {
-        if (a.down || block * kLaneSet >= a.h_stride) continue;
+        const int rows = w13_rows(has_gate(a.call.set.activation));
+        if (a.down || block * rows >= a.h_stride) continue;
         clear(sums);  // the end of a row of h, where there are no weights, is zeros
       }
       grouped::finish_tile<kSumBlocks>(a, tile, block, a.routing.sorted + tile.first, sums, lane);

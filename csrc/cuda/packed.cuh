@@ -37,7 +37,8 @@ inline const PackedFormat* packed_format(Format format) {
 
 // Both matrices of an expert; false where the format's kernels cannot cut them into chunks.
 inline bool make_matrices(const ExpertSet& set, const PackedFormat& format, Matrix (&m)[2]) {
-  return format.matrix_of(set, set.hidden_size, w13_blocks(set.intermediate_size), &m[0]) &&
+  const int64_t w13 = w13_blocks(set.intermediate_size, has_gate(set.activation));
+  return format.matrix_of(set, set.hidden_size, w13, &m[0]) &&
          format.matrix_of(set, set.intermediate_size, w2_blocks(set.hidden_size), &m[1]);
 }
 

@@ -8,12 +8,18 @@
 namespace ey::cuda {
 namespace {
 
+// Of a row of h: what the blocks of w13 make.
+int64_t h_values(const ExpertSet& set) {
+  const bool gated = has_gate(set.activation);
+  return w13_blocks(set.intermediate_size, gated) * w13_rows(gated);
+}
+
 // One after the other in the workspace, each from a multiple of 256 bytes.
 struct Parts {
   int64_t h, y, counters, end;
   Parts(const ExpertSet& set, int64_t pairs) {
     h = 0;
-    y = h + round_up(pairs * w13_blocks(set.intermediate_size) * kLaneSet * 2, 256);
+    y = h + round_up(pairs * h_values(set) * 2, 256);
     counters = y + round_up(pairs * set.hidden_size * 4, 256);
     end = counters + round_up(sizeof(stream::Counters), 256);
   }
@@ -89,7 +95,7 @@ cudaError_t run(const Chunk& chunk, int64_t tokens, void* workspace, cudaStream_
   a.x = chunk.hidden_states;
   a.h = reinterpret_cast<uint16_t*>(bytes + parts.h);
   a.y = reinterpret_cast<float*>(bytes + parts.y);
-  a.h_stride = a.matrices[0].num_blocks * kLaneSet;
+  a.h_stride = int(h_values(set));
   a.pairs = int(tokens * chunk.top_k);
   a.tokens = int(tokens);
   a.most_tiles = cut.most_tiles;

@@ -4,7 +4,8 @@
 //
 //   0  every block sorts the pairs (token, slot) by expert, the same way: tiles of up to 8 kBlocks
 //      pairs of one expert (fewer where there are fewer tokens)
-//   1  items (tile, block of w13): h[pair, 16 i ..] = act(gate . x, up . x), rounded to bf16
+//   1  items (tile, block of w13): h[pair, 16 i ..] = act(gate . x, up . x), rounded to bf16; or
+//      h[pair, 32 i ..] = act(up . x), where there is no gate
 //   2  items (tile, block of w2): y[pair, 32 j ..] = down . h + bias, fp32
 //   3  units (token, block of w2): out[token, 32 j ..] = sum of weight * y over the slots, in order
 //
@@ -56,7 +57,7 @@ struct Args {
   uint16_t* h;         // [pairs, h_stride] bf16
   float* y;            // [pairs, hidden_size]
   Counters* counters;
-  int h_stride;  // 16 for every block of w13
+  int h_stride;  // 16 for every block of w13; 32 without a gate
   int pairs, tokens, most_tiles;
   int columns;                         // of a tile at most: token rows of a stage
   int stages, stage_bytes, tokens_at;  // of a warp's ring; where in a stage the tokens begin
@@ -304,8 +305,9 @@ class Worker {
       const int mine = seen_tiles_ * 32 + lane;
       bool whole = false;
       if (mine < num_tiles_) {
-        const uint32_t wanted =
-            uint32_t(a.matrices[0].num_blocks) * uint32_t((s.tiles[mine].count + 1) / 2);
+        const int count = s.tiles[mine].count;
+        const uint32_t wanted = uint32_t(a.matrices[0].num_blocks) *
+                                uint32_t(has_gate(a.call.set.activation) ? (count + 1) / 2 : count);
         whole = ptx::load_acquire(&a.counters->ready[parity_][mine]) == wanted;
       }
       seen_ = __ballot_sync(kAllLanes, whole);
@@ -339,6 +341,18 @@ class Worker {
                                            int mine) {
     const ExpertSet& set = a.call.set;
     const ExpertPointers& expert = set.experts[tile.expert];
+    if (!has_gate(set.activation)) {  // one column a warp: 32 rows of up
+      for (int column = mine; column < tile.count; column += kWarps) {
+        const int i = block * kLanes + lane;
+        float up = sum_of_shares(shares, column, lane);
+        if (expert.up_bias && i < set.intermediate_size) up += expert.up_bias[i];
+        const float h = activate(set.activation, up, up, set.alpha, set.limit);
+        a.h[int64_t(s.sorted[tile.first + column]) * a.h_stride + i] = ptx::float_to_bf16(h);
+        __syncwarp();  // written by all lanes
+        if (lane == 0) ptx::add_release(&a.counters->ready[parity_][&tile - s.tiles], 1);
+      }
+      return;
+    }
     for (int two = mine; 2 * two < tile.count; two += kWarps) {
       const int column = 2 * two + lane / 16, row = lane % 16, i = block * kLaneSet + row;
       if (column < tile.count) {

@@ -40,6 +40,7 @@ def blob_bytes(
     zeros: bool,
     hidden_size: int,
     intermediate_size: int,
+    has_gate: bool,
 ) -> tuple[int, int]: ...
 def pack_blob(
     format: str,

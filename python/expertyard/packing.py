@@ -15,7 +15,7 @@ from .errors import KernelError
 from .formats import Format, get_format
 from .native import _C
 from .quantize import SCALE_TYPES, QuantizedMatrix, native_rows, native_source, quantize
-from .reference import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
+from .reference import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT, has_gate
 from .weights import Blobs, PackedExperts
 
 __all__ = ["ExpertPacker", "packed_bytes", "scale_type_of"]
@@ -42,8 +42,9 @@ def packed_bytes(
     hidden_size: int,
     intermediate_size: int,
     scale_dtype: torch.dtype | None = None,
+    activation: str = "silu",
 ) -> tuple[int, int]:
-    """Bytes of one packed expert's two blobs, (w13, w2)."""
+    """Bytes of one packed expert's two blobs, (w13, w2). The activation says if there is a gate."""
     f = _packable(format)
     w13, w2 = _C.blob_bytes(
         f.base,
@@ -52,6 +53,7 @@ def packed_bytes(
         f.asymmetric,
         hidden_size,
         intermediate_size,
+        has_gate(activation),
     )
     return int(w13), int(w2)
 
@@ -100,7 +102,9 @@ class ExpertPacker:
             "limit": limit,
             "mode": mode,
         }
-        self.blob_bytes = packed_bytes(format, hidden_size, intermediate_size, scale_dtype)
+        self.blob_bytes = packed_bytes(
+            format, hidden_size, intermediate_size, scale_dtype, activation
+        )
         needed = num_experts * sum(self.blob_bytes)
         if arena is None:
             arena = aligned_bytes(needed, self.device)
@@ -129,7 +133,7 @@ class ExpertPacker:
     def put(
         self,
         expert: int,
-        gate: Tensor | QuantizedMatrix,
+        gate: Tensor | QuantizedMatrix | None,
         up: Tensor | QuantizedMatrix,
         down: Tensor | QuantizedMatrix,
         *,
@@ -138,14 +142,22 @@ class ExpertPacker:
         down_bias: Tensor | None = None,
     ) -> None:
         """Packs one expert: gate, up [intermediate_size, hidden_size], down [hidden_size,
-        intermediate_size]; plain weights are quantised here. Raises KernelError."""
+        intermediate_size]; plain weights are quantised here. gate is None where the activation has
+        none. Raises KernelError."""
         if not 0 <= expert < self.num_experts:
             raise KernelError(f"expert: expected 0 to {self.num_experts - 1}, got {expert}")
         inner = (self.intermediate_size, self.hidden_size)
         w13, w2 = self.blobs(expert)
         here = self.device.type == "cpu"
         parts = (w13, w2) if here else (aligned_bytes(w13.numel()), aligned_bytes(w2.numel()))
-        self._write({f"gate[{expert}]": gate, f"up[{expert}]": up}, inner, parts[0])
+        gated = has_gate(self._keywords["activation"])
+        if (gate is not None) != gated:
+            raise KernelError(
+                f"gate[{expert}]: activation {self._keywords['activation']!r} "
+                + ("needs one, got None" if gated else "has none, expected None")
+            )
+        first = {} if gate is None else {f"gate[{expert}]": gate}
+        self._write({**first, f"up[{expert}]": up}, inner, parts[0])
         self._write({f"down[{expert}]": down}, inner[::-1], parts[1])
         if not here:
             w13.copy_(parts[0])

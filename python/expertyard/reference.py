@@ -11,14 +11,27 @@ from torch import Tensor
 
 from .errors import KernelError
 
-ACTIVATIONS = ("silu", "gelu_tanh", "swigluoai")
+GATED = (
+    "silu",
+    "gelu_tanh",
+    "swigluoai",
+    "silu_clamp_before",
+    "silu_clamp_after",
+    "softcap_silu",
+)
+ACTIVATIONS = (*GATED, "relu2")
 
 SWIGLU_OAI_ALPHA = 1.702
 SWIGLU_OAI_LIMIT = 7.0
 
 
+def has_gate(activation: str) -> bool:
+    """Whether an activation takes a gate beside up."""
+    return activation in GATED
+
+
 def apply_activation(
-    gate: Tensor,
+    gate: Tensor | None,
     up: Tensor,
     activation: str,
     alpha: float = SWIGLU_OAI_ALPHA,
@@ -26,11 +39,20 @@ def apply_activation(
 ) -> Tensor:
     """h = act(gate, up), elementwise; gate and up of one shape and dtype.
 
-    silu       silu(gate) * up
-    gelu_tanh  gelu(gate, tanh approximation) * up
-    swigluoai  g = min(gate, limit), u = clamp(up, -limit, limit): (u + 1) * g * sigmoid(alpha * g),
-               as in gpt-oss
+    silu               silu(gate) * up
+    gelu_tanh          gelu(gate, tanh approximation) * up
+    swigluoai          g = min(gate, limit), u = clamp(up, -limit, limit):
+                       (u + 1) * g * sigmoid(alpha * g), as in gpt-oss
+    silu_clamp_before  silu(min(gate, limit)) * clamp(up, -limit, limit), as in DeepSeek-V4
+    silu_clamp_after   min(silu(gate), limit) * clamp(up, -limit, limit), as in Step-3.7
+    softcap_silu       alpha * tanh(gate / alpha) * sigmoid(gate) * limit * tanh(up / limit), as in
+                       Inkling-2
+    relu2              max(up, 0)^2, without a gate (which is None or ignored), as in Nemotron-H
     """
+    if activation == "relu2":
+        return up.clamp(min=0) ** 2
+    if gate is None:
+        raise KernelError(f"activation {activation!r} needs a gate, got None")
     if activation == "silu":
         return gate * torch.sigmoid(gate) * up
     if activation == "gelu_tanh":
@@ -40,6 +62,14 @@ def apply_activation(
         gate = gate.clamp(max=limit)
         up = up.clamp(min=-limit, max=limit)
         return (up + 1) * gate * torch.sigmoid(alpha * gate)
+    if activation == "silu_clamp_before":
+        gate = gate.clamp(max=limit)
+        return gate * torch.sigmoid(gate) * up.clamp(min=-limit, max=limit)
+    if activation == "silu_clamp_after":
+        return (gate * torch.sigmoid(gate)).clamp(max=limit) * up.clamp(min=-limit, max=limit)
+    if activation == "softcap_silu":
+        softcapped = alpha * torch.tanh(gate / alpha) * torch.sigmoid(gate)
+        return softcapped * limit * torch.tanh(up / limit)
     raise KernelError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
@@ -93,7 +123,8 @@ def moe_experts_reference(
     """sum_k topk_weights[t, k] * FFN[topk_ids[t, k]](hidden_states[t]), all of it in dtype.
 
     hidden_states [T, H], topk_ids [T, K] int, topk_weights [T, K], gate_up [E, 2I, H],
-    down [E, H, I], gate_up_bias [E, 2I], down_bias [E, H]; returns [T, H] in dtype.
+    down [E, H, I], gate_up_bias [E, 2I], down_bias [E, H]; returns [T, H] in dtype. Without a gate
+    gate_up is up alone, [E, I, H], and so is its bias.
     An id of -1 or E adds nothing. activation_bits=8: hidden_states and h go through
     round_activations() first, as in mode "fast".
     """
@@ -102,8 +133,12 @@ def moe_experts_reference(
     out = torch.zeros_like(x)
     if activation_bits is not None:
         x = round_activations(x, activation_bits)
-    w_gate, w_up = split_gate_up(gate_up, interleaved)
-    biases = split_gate_up(gate_up_bias, interleaved) if gate_up_bias is not None else None
+    gated = has_gate(activation)
+    w_gate, w_up = split_gate_up(gate_up, interleaved) if gated else (gate_up, gate_up)
+    biases = None
+    if gate_up_bias is not None:
+        one = (gate_up_bias, gate_up_bias)
+        biases = split_gate_up(gate_up_bias, interleaved) if gated else one
     for expert in range(num_experts):
         token, k = torch.nonzero(topk_ids == expert, as_tuple=True)
         if token.numel() == 0:

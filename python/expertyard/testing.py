@@ -13,7 +13,13 @@ from .formats import get_format, variant_names
 from .native import _C
 from .packing import ExpertPacker
 from .quantize import QuantizedMatrix, quantize
-from .reference import moe_experts_reference, split_gate_up
+from .reference import (
+    SWIGLU_OAI_ALPHA,
+    SWIGLU_OAI_LIMIT,
+    has_gate,
+    moe_experts_reference,
+    split_gate_up,
+)
 from .weights import FORMAT_OF_DTYPE, PackedExperts
 
 DTYPE_OF_FORMAT = {name: dtype for dtype, name in FORMAT_OF_DTYPE.items()}
@@ -86,7 +92,7 @@ class Problem:
     """A random call of the op and everything to check it with.
 
     gate_up, down   plain weights; of a quantised format: what its codes stand for, in float64
-    quantized       then (gate, up, down) of each expert
+    quantized       then (gate, up, down) of each expert; (up, down) without a gate
     """
 
     hidden_states: Tensor
@@ -102,6 +108,8 @@ class Problem:
     format: str = "bf16"
     layout: str = "rows"
     mode: str = "exact"
+    alpha: float = SWIGLU_OAI_ALPHA
+    limit: float = SWIGLU_OAI_LIMIT
     quantized: tuple[tuple[QuantizedMatrix, ...], ...] | None = None
 
     def pack(self) -> PackedExperts:
@@ -113,6 +121,8 @@ class Problem:
                 down_bias=self.down_bias,
                 activation=self.activation,
                 interleaved=self.interleaved,
+                alpha=self.alpha,
+                limit=self.limit,
             )
         num_experts, hidden_size, intermediate_size = self.down.shape
         scale_dtype = None
@@ -124,22 +134,29 @@ class Problem:
             intermediate_size,
             self.format,
             activation=self.activation,
+            alpha=self.alpha,
+            limit=self.limit,
             mode=self.mode,
             scale_dtype=scale_dtype,
         )
-        gate, up = split_gate_up(self.gate_up, self.interleaved)
+        parts = self.parts(self.gate_up)
         biases: list[dict[str, Tensor]] = [{} for _ in range(num_experts)]
         if self.gate_up_bias is not None and self.down_bias is not None:
-            gate_bias, up_bias = split_gate_up(self.gate_up_bias, self.interleaved)
-            biases = [
-                {"gate_bias": g, "up_bias": u, "down_bias": d}
-                for g, u, d in zip(gate_bias, up_bias, self.down_bias, strict=True)
-            ]
+            *first, up_bias = self.parts(self.gate_up_bias)
+            columns = {"up_bias": up_bias, "down_bias": self.down_bias}
+            if first:
+                columns["gate_bias"] = first[0]
+            biases = [{name: b[e] for name, b in columns.items()} for e in range(num_experts)]
         for expert in range(num_experts):
-            plain = (gate[expert], up[expert], self.down[expert])
+            plain = (*(part[expert] for part in parts), self.down[expert])
             matrices = plain if self.quantized is None else self.quantized[expert]
-            packer.put(expert, *matrices, **biases[expert])
+            gate = matrices[0] if len(matrices) == 3 else None
+            packer.put(expert, gate, *matrices[-2:], **biases[expert])
         return packer.finish()
+
+    def parts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Views of [E, rows, ...]: gate and up, or up alone if the activation has no gate."""
+        return split_gate_up(rows, self.interleaved) if has_gate(self.activation) else (rows,)
 
     def reference(self) -> Tensor:
         """[num_tokens, hidden_size] float64"""
@@ -153,6 +170,8 @@ class Problem:
             down_bias=self.down_bias,
             activation=self.activation,
             interleaved=self.interleaved,
+            alpha=self.alpha,
+            limit=self.limit,
             activation_bits=8 if self.mode == "fast" else None,
         )
 
@@ -186,6 +205,8 @@ def random_problem(
     scale_dtype: torch.dtype | None = None,
     hidden_dtype: torch.dtype = torch.bfloat16,
     activation: str = "silu",
+    alpha: float = SWIGLU_OAI_ALPHA,
+    limit: float = SWIGLU_OAI_LIMIT,
     bias: bool = False,
     interleaved: bool = False,
     routing: str = "uniform",
@@ -204,7 +225,7 @@ def random_problem(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         topk_ids = random_ids(num_tokens, num_experts, top_k, routing)
-    rows = 2 * intermediate_size
+    rows = (2 if has_gate(activation) else 1) * intermediate_size
     problem = Problem(
         hidden_states=normal(num_tokens, hidden_size).to(hidden_dtype),
         topk_ids=topk_ids,
@@ -217,6 +238,8 @@ def random_problem(
         down_bias=normal(num_experts, hidden_size) if bias else None,
         activation=activation,
         interleaved=interleaved,
+        alpha=alpha,
+        limit=limit,
         format=format,
         layout=layout,
         mode=mode,
@@ -227,16 +250,15 @@ def random_problem(
 def _quantized(p: Problem, scale_dtype: torch.dtype | None) -> Problem:
     """The same problem with weights of p.format."""
     format = get_format(p.format)
-    gate, up = split_gate_up(p.gate_up, p.interleaved)
     experts = tuple(
         tuple(quantize(m, format, scale_dtype=scale_dtype) for m in matrices)
-        for matrices in zip(gate, up, p.down, strict=True)
+        for matrices in zip(*p.parts(p.gate_up), p.down, strict=True)
     )
     gate_up = torch.empty(p.gate_up.shape, dtype=torch.float64)
-    for halves, index in zip(split_gate_up(gate_up, p.interleaved), (0, 1), strict=True):
+    for index, part in enumerate(p.parts(gate_up)):
         for expert, matrices in enumerate(experts):
-            halves[expert].copy_(matrices[index].dequantize())
-    down = torch.stack([matrices[2].dequantize() for matrices in experts])
+            part[expert].copy_(matrices[index].dequantize())
+    down = torch.stack([matrices[-1].dequantize() for matrices in experts])
     return replace(p, gate_up=gate_up, down=down, quantized=experts)
 
 

@@ -6,6 +6,7 @@ blobs that ExpertPacker has made; a native handle stands for a table of pointers
 an expert.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -17,7 +18,7 @@ from .errors import KernelError
 from .formats import Format
 from .modes import MODES, has_fast
 from .native import _C
-from .reference import ACTIVATIONS, SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT, split_gate_up
+from .reference import ACTIVATIONS, SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT, has_gate, split_gate_up
 
 FORMAT_OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -76,7 +77,7 @@ class PackedExperts:
     @classmethod
     def _of_rows(
         cls,
-        gate: Sequence[Tensor | None],
+        gate: Sequence[Tensor | None] | None,
         up: Sequence[Tensor | None],
         down: Sequence[Tensor | None],
         biases: Sequence[Sequence[Tensor | None]],
@@ -86,10 +87,17 @@ class PackedExperts:
     ) -> "PackedExperts":
         self = object.__new__(cls)
         self._set_activation(activation, alpha, limit)
-        self._matrices = _matching_matrices(gate, up, down)
+        if (gate is not None) != has_gate(activation):
+            raise KernelError(
+                f"gate: activation {activation!r} "
+                + ("needs one, got None" if gate is None else "has none, expected None")
+            )
+        self._matrices = _matching_matrices(up if gate is None else gate, up, down)
+        if gate is None:  # one matrix in the places of both, as in the blobs of w13
+            self._matrices = (self._matrices[0], self._matrices[0], self._matrices[2])
         first = next(g for g in self._matrices[0] if g is not None)
         first_down = next(d for d in self._matrices[2] if d is not None)
-        self.num_experts = len(gate)
+        self.num_experts = len(up)
         self.intermediate_size, self.hidden_size = first.shape
         self.format, self.layout, self.mode = FORMAT_OF_DTYPE[first.dtype], "rows", "exact"
         self.device = first.device
@@ -143,7 +151,7 @@ class PackedExperts:
             "group_size": 0 if blobs.format.base == "bf16" else blobs.format.group_size,
             "zeros": blobs.format.asymmetric,
         }
-        w13, w2, self.device = _matching_blobs(blobs)
+        w13, w2, self.device = _matching_blobs(blobs, has_gate(activation))
         self._matrices = (w13, w13, w2)
         none: list[Tensor | None] = [None] * self.num_experts
         self._set_biases((gate_bias or none, up_bias or none, down_bias or none))
@@ -154,6 +162,12 @@ class PackedExperts:
         if activation not in ACTIVATIONS:
             raise KernelError(
                 f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+            )
+        finite = math.isfinite(limit) or activation != "softcap_silu"
+        if not (limit > 0 and finite and math.isfinite(alpha) and alpha != 0):
+            raise KernelError(
+                f"alpha and limit of {activation}: expected numbers other than 0, limit positive"
+                f"{'' if activation == 'softcap_silu' else ' or infinite'}, got {alpha}, {limit}"
             )
         self.activation, self.alpha, self.limit = activation, float(alpha), float(limit)
 
@@ -186,6 +200,8 @@ class PackedExperts:
                       rows, then up rows; interleaved=True: gate, up, gate, up ...
         down          [num_experts, hidden_size, intermediate_size], same dtype and device
         gate_up_bias  [num_experts, 2 * intermediate_size], rows in the same order; any float dtype
+        Without a gate (activation "relu2"), gate_up is up alone, [num_experts, intermediate_size,
+        hidden_size], and so is its bias.
         down_bias     [num_experts, hidden_size]
         The last dimension must be contiguous; other strides are free, so views work.
         Raises KernelError on anything else. Weights are used in place; biases are kept as fp32.
@@ -196,14 +212,22 @@ class PackedExperts:
                     f"{name}: expected [num_experts, rows, columns], got {list(t.shape)}"
                 )
         num_experts, rows, hidden_size = gate_up.shape
-        if rows % 2 or down.shape != (num_experts, hidden_size, rows // 2):
+        halves = 2 if has_gate(activation) else 1
+        if rows % halves or down.shape != (num_experts, hidden_size, rows // halves):
             raise KernelError(
-                "gate_up and down: expected [num_experts, 2 * intermediate_size, hidden_size] and "
-                "[num_experts, hidden_size, intermediate_size], "
-                f"got {list(gate_up.shape)} and {list(down.shape)}"
+                f"gate_up and down: expected [num_experts, {'2 * ' if halves == 2 else ''}"
+                "intermediate_size, hidden_size] and [num_experts, hidden_size, intermediate_size],"
+                f" got {list(gate_up.shape)} and {list(down.shape)}"
             )
         none: list[Tensor | None] = [None] * num_experts
-        gate, up = split_gate_up(gate_up, interleaved)
+
+        def parts(rows: Tensor) -> tuple[list[Tensor | None] | None, list[Tensor | None]]:
+            if halves == 1:
+                return None, list(rows)
+            gate, up = split_gate_up(rows, interleaved)
+            return list(gate), list(up)
+
+        gate, up = parts(gate_up)
         gate_bias, up_bias, down_biases = none, none, none
         if gate_up_bias is not None:
             if gate_up_bias.shape != (num_experts, rows):
@@ -211,8 +235,8 @@ class PackedExperts:
                     f"gate_up_bias: expected [{num_experts}, {rows}], "
                     f"got {list(gate_up_bias.shape)}"
                 )
-            halves = split_gate_up(gate_up_bias, interleaved)
-            gate_bias, up_bias = list(halves[0]), list(halves[1])
+            first, up_bias = parts(gate_up_bias)
+            gate_bias = first or none
         if down_bias is not None:
             if down_bias.shape != (num_experts, hidden_size):
                 raise KernelError(
@@ -221,14 +245,14 @@ class PackedExperts:
                 )
             down_biases = list(down_bias)
         return cls._of_rows(
-            list(gate), list(up), list(down), (gate_bias, up_bias, down_biases),
+            gate, up, list(down), (gate_bias, up_bias, down_biases),
             activation, alpha, limit,
         )  # fmt: skip
 
     @classmethod
     def from_experts(
         cls,
-        gate: Sequence[Tensor | None],
+        gate: Sequence[Tensor | None] | None,
         up: Sequence[Tensor | None],
         down: Sequence[Tensor | None],
         *,
@@ -242,10 +266,11 @@ class PackedExperts:
         """Experts one by one: gate, up [intermediate_size, hidden_size], down [hidden_size,
         intermediate_size], biases [intermediate_size] and [hidden_size].
 
-        None: this expert is not here, and its share of the sum is left out. All experts have one
-        dtype, device and row stride. Raises KernelError on anything else.
+        None: this expert is not here, and its share of the sum is left out. gate is None where the
+        activation has none. All experts have one dtype, device and row stride. Raises KernelError
+        on anything else.
         """
-        none: list[Tensor | None] = [None] * len(gate)
+        none: list[Tensor | None] = [None] * len(up)
         return cls._of_rows(
             gate, up, down, (gate_bias or none, up_bias or none, down_bias or none),
             activation, alpha, limit,
@@ -258,7 +283,8 @@ class PackedExperts:
 
     @property
     def nbytes(self) -> int:
-        matrices = self._matrices if self.layout == "rows" else self._matrices[1:]
+        two = self.layout == "blocks" or not has_gate(self.activation)  # gate and up are one
+        matrices = self._matrices[1:] if two else self._matrices
         tensors = [t for group in (*matrices, *self._biases) for t in group if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -307,7 +333,7 @@ class PackedExperts:
 
     def expert(self, expert: int) -> Expert | None:
         """The tensors of one expert, where they lie: (gate, up, down, gate bias, up bias, down
-        bias); packed: the blob w13 twice, then w2. None: it is not here."""
+        bias); without a gate up twice, packed the blob w13 twice, then w2. None: it is not here."""
         groups = (*self._matrices, *self._biases)
         return None if groups[0][expert] is None else tuple(group[expert] for group in groups)
 
@@ -472,6 +498,7 @@ def _matching_matrices(
 
 def _matching_blobs(
     blobs: Blobs,
+    gated: bool,
 ) -> tuple[list[Tensor | None], list[Tensor | None], torch.device]:
     sizes = _C.blob_bytes(
         blobs.format.base,
@@ -480,6 +507,7 @@ def _matching_blobs(
         blobs.format.asymmetric,
         blobs.hidden_size,
         blobs.intermediate_size,
+        gated,
     )
     first = next((w for w in blobs.w13 if w is not None), None)
     if first is None or len(blobs.w13) != len(blobs.w2):

@@ -177,7 +177,7 @@ struct Weights {
     gate.push_back(g.exact);
     up.push_back(u.exact);
     down.push_back(d.exact);
-    blobs.emplace_back(w13_blocks(s.inner) * w13.block_bytes());
+    blobs.emplace_back(w13_blocks(s.inner, true) * w13.block_bytes());
     const std::array<uintptr_t, 3> both[] = {g.source(), u.source()};
     pack_matrices(w13, s.inner, both, 2, blobs.back().bytes.get());
     ExpertPointers p{};

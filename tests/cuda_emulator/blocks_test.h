@@ -115,7 +115,7 @@ inline Guarded pack(Format format, const Packing& packing, const Matrix& first,
   const BlockShape shape{format, packing, int64_t(first.k)};
   const size_t rows_of_set = second ? first.rows : first.rows;
   const int64_t blocks =
-      second ? ey::w13_blocks(int64_t(first.rows)) : ey::w2_blocks(int64_t(first.rows));
+      second ? ey::w13_blocks(int64_t(first.rows), true) : ey::w2_blocks(int64_t(first.rows));
   Guarded blob(size_t(blocks * shape.block_bytes()), 64);
   std::memset(blob.data(), 0, size_t(blocks * shape.block_bytes()));
   const int64_t step_k = ey::step_k(format);

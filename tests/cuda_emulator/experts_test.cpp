@@ -6,6 +6,7 @@
 
 using testing::check_contains;
 using testing::Guarded;
+using testing::kActivations;
 
 namespace {
 
@@ -72,9 +73,11 @@ class Problem {
            1.0f / std::sqrt(float(s.hidden)));
       fill(down_[e], down, wtype, H, I, down_row, 1.0f / std::sqrt(float(s.intermediate)));
       ey::ExpertPointers p{gu, gu + up_first * wsize, down, nullptr, nullptr, nullptr};
+      if (!ey::has_gate(s.activation)) p.gate = p.up;
       biases_.emplace_back();
       if (s.bias) {
-        p.gate_bias = bias(I);
+        const float* const gate_bias = bias(I);
+        if (ey::has_gate(s.activation)) p.gate_bias = gate_bias;
         p.up_bias = bias(I);
         p.down_bias = bias(H);
       }
@@ -148,7 +151,7 @@ class Problem {
           g += gate_[e][i * H + j] * xs_[t * H + j];
           u += up_[e][i * H + j] * xs_[t * H + j];
         }
-        h[i] = activation(g, u);
+        h[i] = testing::activation(set, g, u);
       }
       for (size_t j = 0; j < H; ++j) {
         double y = shape.bias ? biases_[e][2][j] : 0, size = std::fabs(y);
@@ -191,21 +194,6 @@ class Problem {
   std::string isa() const { return ey::cuda::kernel_isa(args); }
 
  private:
-  double activation(double g, double u) const {
-    switch (set.activation) {
-      case Activation::kSiluGlu:
-        return g / (1 + std::exp(-g)) * u;
-      case Activation::kGeluTanhGlu:
-        return 0.5 * g * (1 + std::tanh(std::sqrt(2 / M_PI) * (g + 0.044715 * g * g * g))) * u;
-      case Activation::kSwigluOai: {
-        g = std::min(g, double(set.limit));
-        u = std::clamp(u, -double(set.limit), double(set.limit));
-        return (u + 1) * g / (1 + std::exp(-double(set.alpha) * g));
-      }
-    }
-    abort();
-  }
-
   void fill(std::vector<double>& seen, void* to, DType type, size_t rows, size_t columns,
             size_t row_elements, float scale) {
     std::normal_distribution<float> normal;
@@ -249,8 +237,6 @@ void run_and_check(const Shape& shape) {
 
 const Format kFormats[] = {Format::kBf16, Format::kFp16, Format::kFp32};
 const DType kTypes[] = {DType::kBF16, DType::kF16, DType::kF32};
-const Activation kActivations[] = {Activation::kSiluGlu, Activation::kGeluTanhGlu,
-                                   Activation::kSwigluOai};
 
 }  // namespace
 
@@ -378,7 +364,7 @@ TEST(random_problems) {
     s.format = kFormats[random() % 3];
     s.hidden_dtype = kTypes[random() % 3];
     s.weights_dtype = kTypes[random() % 3];
-    s.activation = kActivations[random() % 3];
+    s.activation = kActivations[random() % std::size(kActivations)];
     s.bias = random() % 2;
     s.interleaved = random() % 2;
     s.ids_are_int64 = random() % 2;

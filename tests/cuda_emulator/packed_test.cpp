@@ -60,12 +60,15 @@ class Problem {
       x.gate = testing::random_matrix(s.format, s.packing, I, H, random_);
       x.up = testing::random_matrix(s.format, s.packing, I, H, random_);
       x.down = testing::random_matrix(s.format, s.packing, H, I, random_);
-      memory_.push_back(testing::pack(s.format, s.packing, x.gate, &x.up));
+      const bool gated = ey::has_gate(s.activation);
+      memory_.push_back(gated ? testing::pack(s.format, s.packing, x.gate, &x.up)
+                              : testing::pack(s.format, s.packing, x.up, nullptr));
       char* const w13 = memory_.back().data();
       memory_.push_back(testing::pack(s.format, s.packing, x.down, nullptr));
       ey::ExpertPointers p{w13, nullptr, memory_.back().data(), nullptr, nullptr, nullptr};
       if (s.bias) {
-        p.gate_bias = bias(x.gate_bias, I);
+        const float* const gate_bias = bias(x.gate_bias, I);
+        if (gated) p.gate_bias = gate_bias;
         p.up_bias = bias(x.up_bias, I);
         p.down_bias = bias(x.down_bias, H);
       }
@@ -174,7 +177,7 @@ class Problem {
         g += x.gate.values[i * H + j] * in;
         u += x.up.values[i * H + j] * in;
       }
-      h[i] = rounded(float(activation(g, u)));
+      h[i] = rounded(float(testing::activation(set, g, u)));
     }
     for (size_t j = 0; j < H; ++j) {
       double y = shape.bias ? x.down_bias[j] : 0, size = std::fabs(y), largest = 0;
@@ -191,21 +194,6 @@ class Problem {
 
   static double rounded(float v) {
     return std::bit_cast<float>(uint32_t(ey::cuda::ptx::float_to_bf16(v)) << 16);
-  }
-
-  double activation(double g, double u) const {
-    switch (set.activation) {
-      case Activation::kSiluGlu:
-        return g / (1 + std::exp(-g)) * u;
-      case Activation::kGeluTanhGlu:
-        return 0.5 * g * (1 + std::tanh(std::sqrt(2 / M_PI) * (g + 0.044715 * g * g * g))) * u;
-      case Activation::kSwigluOai: {
-        g = std::min(g, double(set.limit));
-        u = std::clamp(u, -double(set.limit), double(set.limit));
-        return (u + 1) * g / (1 + std::exp(-double(set.alpha) * g));
-      }
-    }
-    abort();
   }
 
   void fill(std::vector<double>& seen, void* to, DType type, size_t n, float scale) {
@@ -289,8 +277,7 @@ TEST(stream_every_kind_of_packing) {
 
 TEST(stream_every_activation_with_and_without_bias) {
   for (const Kind& kind : formats()) {
-    for (Activation activation :
-         {Activation::kSiluGlu, Activation::kGeluTanhGlu, Activation::kSwigluOai}) {
+    for (Activation activation : testing::kActivations) {
       for (bool bias : {false, true}) {
         Shape s;
         s.format = kind.format;
@@ -517,6 +504,20 @@ TEST(grouped_every_type_and_activation) {
   }
 }
 
+TEST(grouped_every_activation) {
+  for (Activation activation : testing::kActivations) {
+    Shape s;
+    s.tokens = 9;
+    s.num_experts = 2;
+    s.hidden_dtype = DType::kF32;
+    s.hidden = 72;
+    s.intermediate = 300;
+    s.activation = activation;
+    s.bias = true;
+    run_and_check(s);
+  }
+}
+
 TEST(grouped_tiles_of_every_width) {
   emu::machine.most_shared_bytes = 227 * 1024;
   for (const Kind& kind : formats()) {
@@ -715,6 +716,22 @@ TEST(wgmma_every_type_and_activation) {
         s.ids_are_int64 = bias;
         run_and_check(s);
       }
+    }
+  }
+}
+
+TEST(wgmma_every_activation) {
+  const OnHopper hopper;
+  for (Activation activation : testing::kActivations) {
+    for (int intermediate : {24, 300}) {  // without a gate: a row of h ends inside a block, or not
+      Shape s;
+      s.tokens = 9;
+      s.num_experts = 2;
+      s.hidden = 72;
+      s.intermediate = intermediate;
+      s.activation = activation;
+      s.bias = true;
+      run_and_check(s);
     }
   }
 }

@@ -5,6 +5,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -18,6 +20,40 @@
 #include "moe.h"
 
 namespace testing {
+
+inline constexpr ey::Activation kActivations[] = {ey::Activation::kSiluGlu,
+                                                  ey::Activation::kGeluTanhGlu,
+                                                  ey::Activation::kSwigluOai,
+                                                  ey::Activation::kSiluGluClampBefore,
+                                                  ey::Activation::kSiluGluClampAfter,
+                                                  ey::Activation::kSoftcapGlu,
+                                                  ey::Activation::kRelu2};
+
+// moe.h's, in float64.
+inline double activation(const ey::ExpertSet& set, double g, double u) {
+  using ey::Activation;
+  const double alpha = set.alpha, limit = set.limit;
+  const auto silu = [](double x) { return x / (1 + std::exp(-x)); };
+  const auto clamped = [&] { return std::clamp(u, -limit, limit); };
+  switch (set.activation) {
+    case Activation::kSiluGlu:
+      return silu(g) * u;
+    case Activation::kGeluTanhGlu:
+      return 0.5 * g * (1 + std::tanh(std::sqrt(2 / M_PI) * (g + 0.044715 * g * g * g))) * u;
+    case Activation::kSwigluOai:
+      g = std::min(g, limit);
+      return (clamped() + 1) * g / (1 + std::exp(-alpha * g));
+    case Activation::kSiluGluClampBefore:
+      return silu(std::min(g, limit)) * clamped();
+    case Activation::kSiluGluClampAfter:
+      return std::min(silu(g), limit) * clamped();
+    case Activation::kSoftcapGlu:
+      return alpha * std::tanh(g / alpha) / (1 + std::exp(-g)) * limit * std::tanh(u / limit);
+    case Activation::kRelu2:
+      return std::max(u, 0.0) * std::max(u, 0.0);
+  }
+  abort();
+}
 
 struct Case {
   const char* name;

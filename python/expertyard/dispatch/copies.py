@@ -114,9 +114,12 @@ def _plain(packed: PackedExperts, hidden: Tensor, ids: Tensor, weights: Tensor) 
         gate, up, down, *biases = packed.expert(expert) or ()
         assert gate is not None and up is not None and down is not None
         x = hidden[token].to(gate.dtype)
-        g, u = (x @ gate.T).float(), (x @ up.T).float()
-        if biases[0] is not None and biases[1] is not None:
-            g, u = g + biases[0], u + biases[1]
+        g = (x @ gate.T).float() if gate is not up else None
+        u = (x @ up.T).float()
+        if biases[0] is not None and g is not None:
+            g = g + biases[0]
+        if biases[1] is not None:
+            u = u + biases[1]
         h = apply_activation(g, u, packed.activation, packed.alpha, packed.limit)
         out = (h.to(down.dtype) @ down.T).float()
         if biases[2] is not None:

@@ -13,12 +13,11 @@ from torch import nn
 
 from ..dispatch import RunOptions
 from ..dispatch.parallel import ranks_of
-from ..errors import ConfigError, KernelError
+from ..errors import ConfigError
 from .binding import bind, lay_out_as_declared, unbind
 from .config import ExpertsConfig
 from .interface import experts_forward
 from .layers import find_experts, layer_number, recognise
-from .outside import is_outside
 from .planning import make_promises
 from .state import Promise, Promised, forget, promise_of, remember
 
@@ -38,12 +37,6 @@ def attach(model: Any, config: ExpertsConfig | None = None) -> Any:
             "This model already runs on Expertyard. Call expertyard.detach(model) first."
         )
     modules = find_experts(model)
-    if outside := [name for name, module in modules.items() if is_outside(module)]:
-        raise KernelError(
-            f"{outside[0]} ({type(modules[outside[0]]).__name__}) does not use transformers' "
-            "experts interface, so it cannot be attached. Load the model with "
-            "expertyard.from_pretrained()."
-        )
     layouts = {name: recognise(module, name) for name, module in modules.items()}
     plan, options = None, RunOptions()
     if config is None:
@@ -74,7 +67,7 @@ def attach(model: Any, config: ExpertsConfig | None = None) -> Any:
             _uncover(module)
         raise
     promises = tuple(
-        replace(promised, home=str(modules[promised.name].down_proj.device))
+        replace(promised, home=str(next(modules[promised.name].parameters()).device))
         for promised in promises
     )
     remember(model, Promise("attach", plan, promises, options))
@@ -140,7 +133,7 @@ def _uncover(module: nn.Module) -> None:
     if (before := module.__dict__.pop("_expertyard_covered", None)) is not None:
         module.__dict__[slot] = before
     if binding is not None and binding.layout.transposed:
-        lay_out_as_declared(module)
+        lay_out_as_declared(module, binding.layout)
 
 
 def covered(module: nn.Module) -> bool:

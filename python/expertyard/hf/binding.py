@@ -80,7 +80,9 @@ class Binding:
         module = None if self._owner is None else self._owner()
         assert module is not None, "bindings are reached through their module"
         parameters = [
-            parameter for parameter in module._parameters.values() if parameter is not None
+            module.get_parameter(name)
+            for ours in self.layout.parameters
+            for name in self.layout.names_of(ours)
         ]
         state = tuple(_state(parameter) for parameter in parameters)
         if self._experts is None or state != self._made_from:
@@ -90,7 +92,7 @@ class Binding:
             first = before is None
             del before
             if self.layout.transposed:
-                lay_out_for_kernels(module)
+                lay_out_for_kernels(module, self.layout)
                 state = tuple(_state(parameter) for parameter in parameters)
             self._experts = self._make(module)
             for expert, device in moved.items():
@@ -102,13 +104,14 @@ class Binding:
         return self._experts
 
     def _make(self, module: nn.Module) -> LayerExperts:
-        names = ["gate_up_proj", "down_proj"]
-        if self.layout.has_bias:
-            names += ["gate_up_proj_bias", "down_proj_bias"]
-        tensors = {name: _parameter(module, name) for name in names}
+        tensors = {
+            ours: _parameter(module, *self.layout.names_of(ours)) for ours in self.layout.parameters
+        }
         if self.layout.transposed:
-            for name in names[:2]:
+            for name in ("gate_up_proj", "down_proj"):
                 tensors[name] = tensors[name].transpose(1, 2)
+        if self.layout.spare:
+            tensors["gate_up_proj"] = tensors["gate_up_proj"][: self.layout.num_experts]
         gate_up = tensors["gate_up_proj"]
         home = str(gate_up.device)
         placement = self.placement
@@ -135,7 +138,7 @@ def _state(parameter: Tensor) -> tuple[Any, ...]:
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor:
-    parameter: Tensor = getattr(module, name).detach()
+    parameter: Tensor = module.get_parameter(name).detach()
     if parameter.device.type == "meta":
         raise KernelError(
             f"{type(module).__name__}.{name} has no storage (device meta): the model was not "
@@ -153,9 +156,15 @@ def bind(
 ) -> Binding:
     """A new binding for the module, which keeps it; replaces an older one.
 
-    Raises KernelError if the module's experts cannot be recognised.
+    Raises KernelError if the module's experts cannot be recognised, or not be used in place.
     """
     layout = recognise(module, "experts")
+    if layout.flat:
+        raise KernelError(
+            f"{type(module).__name__} keeps its down projections as [num_experts * "
+            "intermediate_size, hidden_size], whose rows no kernel can read in place. Load the "
+            "model with expertyard.from_pretrained(), which lays them out anew."
+        )
     return _keep(module, Binding(module, layout, placement, options, layer))
 
 
@@ -186,23 +195,23 @@ def bound_module(key: int) -> nn.Module:
     return module
 
 
-def lay_out_for_kernels(module: nn.Module) -> None:
+def lay_out_for_kernels(module: nn.Module, layout: ExpertsLayout) -> None:
     """Gives transposed parameters [E, in, out] a storage whose rows a kernel can read.
 
     Shape and values stay, the strides change: the parameter becomes a transposed view of contiguous
     [E, out, in] storage, and the old storage is freed.
     """
-    _lay_out(module, lambda parameter: parameter.transpose(1, 2))
+    _lay_out(module, layout, lambda parameter: parameter.transpose(1, 2))
 
 
-def lay_out_as_declared(module: nn.Module) -> None:
+def lay_out_as_declared(module: nn.Module, layout: ExpertsLayout) -> None:
     """Undoes lay_out_for_kernels(): contiguous parameters, bit for bit those from before."""
-    _lay_out(module, lambda parameter: parameter)
+    _lay_out(module, layout, lambda parameter: parameter)
 
 
-def _lay_out(module: nn.Module, view: Any) -> None:
+def _lay_out(module: nn.Module, layout: ExpertsLayout, view: Any) -> None:
     with torch.no_grad():
-        for name in ("gate_up_proj", "down_proj"):
-            parameter = getattr(module, name)
+        for ours in ("gate_up_proj", "down_proj"):
+            parameter = module.get_parameter(*layout.names_of(ours))
             if parameter.device.type != "meta" and not view(parameter).is_contiguous():
                 parameter.data = view(view(parameter.data).contiguous())

@@ -101,7 +101,8 @@ def _source(checkpoint: GgufCheckpoint, name: str, layout: ExpertsLayout) -> Lay
     parameters: dict[str, Source] = {}
     for kind in ("weight", "bias") if layout.has_bias else ("weight",):
         suffix = "" if kind == "weight" else "_bias"
-        keys = [f"{block}.ffn_{part}_exps.{kind}" for part in ("gate", "up")]
+        halves = ("gate", "up") if layout.has_gate else ("up",)
+        keys = [f"{block}.ffn_{part}_exps.{kind}" for part in halves]
         joined = f"{block}.ffn_gate_up_exps.{kind}"
         if checkpoint.has(joined):
             raise LoadError(

@@ -11,22 +11,18 @@ share a class name and differ by a clamp.
 import re
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import KernelError
 from ..loading import ExpertsLayout
-from ..reference import apply_activation
 from .outside import is_outside, outside_layout
+from .probe import probe_gate, probe_plain
 
 __all__ = ["find_experts", "is_experts", "layer_number", "recognise"]
 
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
 _PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
-_SUPPORTED = (
-    "silu(gate) * up, gelu_tanh(gate) * up, and gpt-oss' clamped (up + 1) * gate * "
-    "sigmoid(alpha * gate)"
-)
+_WITHOUT_GATE = (("gate_up_proj", ("up_proj",)),)
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -60,7 +56,7 @@ def _stacked_experts(model: nn.Module) -> Iterator[str]:
     """Modules that hold experts as 3-d parameters, or one module an expert."""
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
-        if isinstance(module, nn.ModuleList) and leaf == "experts":
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and leaf == "experts":
             yield name
         for parameter in module._parameters.values():
             if parameter is not None and parameter.dim() == 3 and leaf == "experts":
@@ -84,17 +80,14 @@ def recognise(module: nn.Module, name: str) -> ExpertsLayout:
     who = f"{name} ({type(module).__name__})"
     if is_outside(module):
         return outside_layout(module, who)
-    for mark, expected, what in (
-        ("has_gate", True, "has no gate projection"),
-        ("has_post_expert_norm", False, "normalises each expert's output before it is weighted"),
-    ):
-        if getattr(module, mark, expected) != expected:
-            raise KernelError(f"{who}: {what}, which no kernel of ours does yet.")
     shapes = {key: tuple(value.shape) for key, value in module.named_parameters()}
-    unknown = sorted(shapes.keys() - set(_PARAMETERS))
-    has_bias = bool(module.has_bias)
+    if getattr(module, "has_post_expert_norm", False):  # stays with transformers
+        shapes = {key: s for key, s in shapes.items() if not key.startswith("post_expert_norm.")}
+    has_bias, gated = bool(module.has_bias), bool(module.has_gate)
     needed = _PARAMETERS if has_bias else _PARAMETERS[:2]
-    if unknown or shapes.keys() != set(needed):
+    if not gated:
+        needed = ("up_proj", "down_proj")
+    if shapes.keys() != set(needed):
         raise KernelError(
             f"{who}: expected the parameters {', '.join(needed)}, got {', '.join(sorted(shapes))}. "
             "No kernel of ours knows what the others do."
@@ -103,7 +96,9 @@ def recognise(module: nn.Module, name: str) -> ExpertsLayout:
     transposed, interleaved = bool(module.is_transposed), not module.is_concatenated
     num_experts, out, inner = shape if len(shape) == 3 else (0, 0, 0)
     hidden_size, intermediate_size = (inner, out) if transposed else (out, inner)
-    activation, alpha, limit = _probe(module, who, interleaved)
+    activation, alpha, limit = (
+        probe_gate(module, who, interleaved) if gated else probe_plain(module, who)
+    )
     layout = ExpertsLayout(
         num_experts=num_experts,
         hidden_size=hidden_size,
@@ -114,6 +109,7 @@ def recognise(module: nn.Module, name: str) -> ExpertsLayout:
         interleaved=interleaved,
         transposed=transposed,
         has_bias=has_bias,
+        names=() if gated else _WITHOUT_GATE,
     )
     for key, expected_shape in layout.parameter_shapes().items():
         if shapes[key] != expected_shape:
@@ -121,39 +117,3 @@ def recognise(module: nn.Module, name: str) -> ExpertsLayout:
                 f"{who}: expected {key} of shape {list(expected_shape)}, got {list(shapes[key])}."
             )
     return layout
-
-
-def _candidates(module: nn.Module) -> list[tuple[str, float, float]]:
-    """Activation, alpha and limit that the module might compute; the probe decides."""
-    found = [("silu", 1.702, 7.0), ("gelu_tanh", 1.702, 7.0), ("swigluoai", 1.702, 7.0)]
-    alpha = getattr(module, "alpha", getattr(module, "swiglu_alpha", None))
-    limit = getattr(module, "limit", getattr(module, "swiglu_limit", None))
-    if isinstance(alpha, int | float) and isinstance(limit, int | float):
-        found.append(("swigluoai", float(alpha), float(limit)))
-    return found
-
-
-def _probe(module: nn.Module, who: str, interleaved: bool) -> tuple[str, float, float]:
-    with torch.no_grad(), torch.device("cpu"):
-        generator = torch.Generator().manual_seed(0)
-        # from everyday values to far beyond any clamp; 0.1 to 1000, both signs
-        size = 10 ** torch.empty(256, 32, dtype=torch.float64).uniform_(-1, 3, generator=generator)
-        gate = size * torch.randn(256, 32, generator=generator, dtype=torch.float64)
-        up = size.roll(7) * torch.randn(256, 32, generator=generator, dtype=torch.float64)
-        pair = [gate, up]
-        joined = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-        try:
-            got: Tensor = module._apply_gate(joined)  # type: ignore[operator]
-        except Exception as error:
-            raise KernelError(
-                f"{who}: its gate cannot be tried on random numbers ({error}), so it cannot be "
-                "recognised safely."
-            ) from error
-        for activation, alpha, limit in _candidates(module):
-            expected = apply_activation(gate, up, activation, alpha, limit)
-            if got.shape == expected.shape and torch.allclose(got.double(), expected, 1e-5, 1e-5):
-                return activation, alpha, limit
-    raise KernelError(
-        f"{who}: on random numbers its gate computes none of {_SUPPORTED}. No kernel of ours "
-        "computes what it does yet, so its experts stay with transformers."
-    )

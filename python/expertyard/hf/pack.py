@@ -161,8 +161,11 @@ def _pack_layer(
 ) -> PackedLayer:
     layout, target = source.layout, get_format(format)
     first = read_expert(opened.checkpoint, source, 0)
-    scales = common_scales((first.gate, first.up, first.down), target)
-    each = sum(packed_bytes(format, layout.hidden_size, layout.intermediate_size, scales))
+    scales = common_scales(first.matrices, target)
+    sizes = packed_bytes(
+        format, layout.hidden_size, layout.intermediate_size, scales, layout.activation
+    )
+    each = sum(sizes)
     experts, inner, outer = layout.num_experts, layout.intermediate_size, layout.hidden_size
     tensors: dict[str, Any] = {f"{source.name}.blobs": (torch.uint8, (experts, each))}
     if layout.has_bias:

@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 
 from ..errors import LoadError
 from ..loading import Checkpoint, ExpertsLayout, LayerSource, PerExpert, Rows, Whole
-from ..loading.layer import Source
+from ..loading.layer import Flat, Source
 
 __all__ = ["find_sources", "split_keys"]
 
@@ -58,7 +58,7 @@ def split_keys(
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     expected = {
-        f"{name}.{parameter}": (name, parameter)
+        f"{name}.{parameter}"
         for name, layout in layouts.items()
         for parameter in layout.parameter_shapes()
     }
@@ -75,12 +75,33 @@ def split_keys(
             found[target][pattern].append(key)
         elif target in state_dict:
             dense.append(key)
-    parameters: dict[str, dict[str, Source]] = defaultdict(dict)
-    for target, (name, parameter) in expected.items():
-        parameters[name][parameter] = _source(
-            model, checkpoint, target, layouts[name], found.get(target, {}), by_pattern
+
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    if shared := sorted(target for target in expected if target in tied):
+        raise LoadError(
+            f"{shared[0]!r} is {tied[shared[0]]!r} under another name: experts that two modules "
+            "share are not read from checkpoints. Load the model without ExpertsConfig and call "
+            "expertyard.attach(model) instead."
         )
-    return [LayerSource(name, layouts[name], parameters[name]) for name in layouts], dense
+
+    def source(name: str, layout: ExpertsLayout, parameter: str) -> Source:
+        targets = [f"{name}.{theirs}" for theirs in layout.names_of(parameter)]
+        parts = [
+            _source(model, checkpoint, target, layout, parameter, found.get(target, {}), by_pattern)
+            for target in targets
+        ]
+        if not layout.flat:
+            return parts[0]
+        keys = [part.key for part in parts if isinstance(part, Whole)]
+        if len(keys) < len(parts):
+            raise LoadError(f"{targets[0]!r}: expected one tensor of the checkpoint for it.")
+        return Flat(tuple(keys))
+
+    layers = [
+        LayerSource(name, layout, {own: source(name, layout, own) for own in layout.parameters})
+        for name, layout in layouts.items()
+    ]
+    return layers, dense
 
 
 def _source(
@@ -88,6 +109,7 @@ def _source(
     checkpoint: Checkpoint,
     target: str,
     layout: ExpertsLayout,
+    parameter: str,
     keys: _Keys,
     by_pattern: Mapping[str, WeightConverter],
 ) -> Source:
@@ -113,7 +135,7 @@ def _source(
         ]
         return PerExpert(tuple(columns))
     merges = bool(recipe) and recipe[0] == ("MergeModulelist", 0)
-    return _rows(model, checkpoint, target, layout, keys, converter, merges)
+    return _rows(model, checkpoint, target, layout, parameter, keys, converter, merges)
 
 
 def _only(target: str, keys: list[str]) -> str:
@@ -180,6 +202,7 @@ def _rows(
     checkpoint: Checkpoint,
     target: str,
     layout: ExpertsLayout,
+    parameter: str,
     keys: _Keys,
     converter: WeightConverter,
     merges: bool,
@@ -199,7 +222,7 @@ def _rows(
         elif keys.get(pattern):
             columns[pattern] = (_only(target, keys[pattern]),)
 
-    shape = layout.parameter_shapes()[target.rpartition(".")[2]]
+    shape = layout.shape(parameter)
     one = _OneExpert(model.config, (1, *shape[1:]))
 
     def row(expert: int) -> torch.Tensor:

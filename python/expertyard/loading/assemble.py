@@ -23,7 +23,7 @@ from ..weights import Blobs, PackedExperts
 from .checkpoint import Checkpoint
 from .convert import SCRATCH, common_scales, in_format
 from .expert import keys_of, read_expert
-from .layer import DTYPES, LayerSource, PerExpert, Rows, Stacked, Whole
+from .layer import DTYPES, Flat, LayerSource, PerExpert, Rows, Stacked, Whole
 from .parallel import for_each
 
 __all__ = ["assemble", "check", "native_format", "num_threads"]
@@ -37,19 +37,27 @@ def check(checkpoint: Checkpoint, source: LayerSource) -> None:
     Reads headers only, so a whole checkpoint is checked before the first weight is loaded.
     """
     layout = source.layout
-    by_rows = replace(layout, transposed=False).parameter_shapes()
-    for name, shape in layout.parameter_shapes().items():
-        where = source.parameters[name]
+    by_rows = replace(layout, transposed=False)
+    for name in layout.parameters:
+        where, shape = source.parameters[name], layout.shape(name)
         if isinstance(where, Whole):
             quantised = checkpoint.stored(where.key) is not None
-            _expect(checkpoint, where.key, by_rows[name] if quantised else shape)
+            _expect(checkpoint, where.key, by_rows.shape(name) if quantised else shape)
+        elif isinstance(where, Flat):
+            for key in where.keys:
+                _expect(checkpoint, key, shape)
+                if checkpoint.stored(key) is not None:
+                    raise LoadError(
+                        f"{checkpoint.where(key)}: is quantised, and this family keeps all experts "
+                        "in one matrix, which needs plain numbers. Load its bfloat16 version."
+                    )
         elif isinstance(where, PerExpert):
             row = (shape[1] // len(where.parts), *shape[2:])
             for keys in where.parts:
                 for key in keys:
                     _expect(checkpoint, key, row)
         elif isinstance(where, Stacked):
-            rows = by_rows[name]
+            rows = by_rows.shape(name)
             part = (rows[0], rows[1] // len(where.keys), *rows[2:])
             for key in where.keys:
                 _expect(checkpoint, key, part)
@@ -99,7 +107,8 @@ def num_threads(source: LayerSource) -> int:
     """Threads that pack at once: the cores, as far as their experts in flight fit into 150 MB and
     one expert in float32.
     """
-    weights = 3 * source.layout.hidden_size * source.layout.intermediate_size
+    layout = source.layout
+    weights = (3 if layout.has_gate else 2) * layout.hidden_size * layout.intermediate_size
     fitting = (4 * weights + _SLACK) // (weights + SCRATCH)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(int(cores or 1), fitting))
@@ -177,7 +186,7 @@ def _packed(
     layout, target = source.layout, get_format(format)
     each = layer_bytes(checkpoint, source) // layout.num_experts
     first = read_expert(checkpoint, source, wanted[0])
-    scale_dtype = common_scales((first.gate, first.up, first.down), target)
+    scale_dtype = common_scales(first.matrices, target)
     packer = ExpertPacker(
         len(wanted),
         layout.hidden_size,
@@ -199,13 +208,13 @@ def _packed(
         own = {name: getattr(expert, name) for name in ("gate_bias", "up_bias", "down_bias")}
         biases.update({(name, wanted[place]): bias for name, bias in own.items()})
         try:
-            matrices = [
+            *first, up, down = [
                 matrix  # the packer quantises plain numbers
                 if isinstance(matrix, Tensor)
                 else in_format(matrix, target, search, scale_dtype)
-                for matrix in (expert.gate, expert.up, expert.down)
+                for matrix in expert.matrices
             ]
-            packer.put(place, *matrices, **own)
+            packer.put(place, first[0] if first else None, up, down, **own)
         except KernelError as error:  # weights that are not finite, scales of another dtype
             raise LoadError(
                 f"{_where(checkpoint, source)}, expert {wanted[place]}: {error}"
@@ -262,8 +271,9 @@ def _plain(
     biases: dict[str, Any] = {}
     if layout.has_bias:
         biases = {name: columns[name] for name in columns if name.endswith("_bias")}
+    gate = columns["gate"] if layout.has_gate else None
     return PackedExperts.from_experts(
-        columns["gate"], columns["up"], columns["down"], **biases, **_activation(source)
+        gate, columns["up"], columns["down"], **biases, **_activation(source)
     )
 
 
@@ -277,12 +287,13 @@ def _fill(
 ) -> None:
     layout = source.layout
     rows, inner = layout.intermediate_size, layout.hidden_size
-    w13 = torch.empty((len(wanted), 2, rows, inner), dtype=dtype, device=device)
+    names = ("gate", "up") if layout.has_gate else ("up",)
+    w13 = torch.empty((len(wanted), len(names), rows, inner), dtype=dtype, device=device)
     w2 = torch.empty((len(wanted), inner, rows), dtype=dtype, device=device)
 
     def fill(place: int) -> None:
         expert = read_expert(checkpoint, source, wanted[place])
-        for name, target in (("gate", w13[place, 0]), ("up", w13[place, 1]), ("down", w2[place])):
+        for name, target in zip((*names, "down"), (*w13[place], w2[place]), strict=True):
             matrix = getattr(expert, name)
             if isinstance(matrix, QuantizedMatrix):
                 matrix = matrix.dequantize(torch.float32)
@@ -299,7 +310,7 @@ def _in_place(checkpoint: Checkpoint, source: LayerSource, dtype: torch.dtype, n
     layout = source.layout
     for name in ("gate_up_proj", "down_proj"):
         where = source.parameters[name]
-        if isinstance(where, Rows) or layout.transposed:
+        if isinstance(where, Rows | Flat) or layout.transposed:
             return False
         if isinstance(where, PerExpert) and layout.interleaved and len(where.parts) > 1:
             return False

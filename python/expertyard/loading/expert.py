@@ -11,21 +11,26 @@ from ..errors import KernelError, LoadError
 from ..quantize import QuantizedMatrix
 from ..reference import split_gate_up
 from .checkpoint import Checkpoint, Matrix
-from .layer import LayerSource, PerExpert, Source, Stacked, Whole
+from .layer import Flat, LayerSource, PerExpert, Rows, Source, Stacked, Whole
 
 __all__ = ["Expert", "keys_of", "read_expert", "row_of"]
 
 
 @dataclass(frozen=True)
 class Expert:
-    """gate and up are [intermediate_size, hidden_size], down [hidden_size, intermediate_size]."""
+    """gate and up are [intermediate_size, hidden_size], down [hidden_size, intermediate_size]; gate
+    is None where the activation has none."""
 
-    gate: Matrix
+    gate: Matrix | None
     up: Matrix
     down: Matrix
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
 
 
 def keys_of(source: LayerSource) -> list[str]:
@@ -56,9 +61,14 @@ def read_expert(checkpoint: Checkpoint, source: LayerSource, expert: int) -> Exp
             f"{checkpoint.where(keys[0])} and its neighbours, expert {expert} of {source.name}: "
             f"{error}"
         ) from None
-    gate, up = joined if len(joined) == 2 else _split(joined[0], layout.interleaved)
-    sizes = {"gate": gate, "up": up, "down": down}
-    for name, matrix in sizes.items():
+    gate: Matrix | None = None
+    if not layout.has_gate:
+        (up,) = joined
+    else:
+        gate, up = joined if len(joined) == 2 else _split(joined[0], layout.interleaved)
+    for name, matrix in (("gate", gate), ("up", up), ("down", down)):
+        if matrix is None:
+            continue
         expected = (layout.intermediate_size, layout.hidden_size)
         expected = expected[::-1] if name == "down" else expected
         got = _shape(matrix)
@@ -85,19 +95,23 @@ def _matrices(
     where, layout = source.parameters[name], source.layout
     if isinstance(where, Stacked):
         return [checkpoint.matrix(key, expert) for key in where.keys]
+    if isinstance(where, Flat):
+        rows = slice(expert * layout.intermediate_size, (expert + 1) * layout.intermediate_size)
+        plain = [checkpoint.tensor(key)[rows] for key in where.keys]
+        return [matrix.T for matrix in plain] if name == "down_proj" else plain
     if isinstance(where, Whole) and checkpoint.stored(where.key) is not None:
         return [checkpoint.matrix(where.key, expert)]
     if isinstance(where, PerExpert):
         parts = [checkpoint.matrix(keys[expert]) for keys in where.parts]
         if not layout.interleaved and not layout.transposed:
             return parts
-        plain = [part for part in parts if isinstance(part, Tensor)]
-        if len(plain) < len(parts):
+        numbers = [part for part in parts if isinstance(part, Tensor)]
+        if len(numbers) < len(parts):
             raise LoadError(
                 f"{checkpoint.where(where.parts[0][expert])}: is quantised, in a family whose "
                 "experts are transposed or interleaved. Expertyard cannot tell its rows apart."
             )
-        row = torch.cat(plain)
+        row = torch.cat(numbers)
     else:
         row = row_of(checkpoint, where, expert)
     return [row.T if layout.transposed else row]
@@ -111,6 +125,7 @@ def row_of(checkpoint: Checkpoint, where: Source, expert: int) -> Tensor:
         return torch.cat([checkpoint.tensor(keys[expert]) for keys in where.parts])
     if isinstance(where, Stacked):
         return torch.cat([checkpoint.tensor(key)[expert] for key in where.keys])
+    assert isinstance(where, Rows)
     return where.row(expert)
 
 

@@ -86,7 +86,9 @@ class PackedLayer:
         scales = _SCALES[self.scale_type]
         if scale_type_of(get_format(self.format), scales) != self.scale_type:
             raise KernelError(f"scale_type: format {self.format!r} with {self.scale_type!r}")
-        return packed_bytes(self.format, self.hidden_size, self.intermediate_size, scales)
+        return packed_bytes(
+            self.format, self.hidden_size, self.intermediate_size, scales, self.activation
+        )
 
 
 @dataclass(frozen=True)

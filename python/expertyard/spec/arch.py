@@ -28,6 +28,7 @@ TOP_K = (
     "moe_k",
     "moe_topk",
     "top_k_experts",
+    "moe_top_k",
 )
 EXPERT_SIZE = (
     "moe_ffn_hidden_size",
@@ -35,6 +36,7 @@ EXPERT_SIZE = (
     "expert_intermediate_size",
     "expert_ffn_hidden_size",
     "intermediate_size",
+    "ffn_hidden_size",
 )
 MAX_LAYERS = 10_000  # far above any model; a larger number is a broken file
 MAX_SIZE = 1 << 40
@@ -170,21 +172,26 @@ def read_arch(config: Mapping[str, Any], where: str) -> Arch:
         config = text
     model_type = str(config.get("model_type") or outer.get("model_type") or "")
     family = find_family(model_type) or GENERIC
+    for part in ("attn_config", "ffn_config"):  # DBRX
+        if isinstance(own := config.get(part), Mapping):
+            config = {**own, "hidden_size": None, **config}  # the model's is d_model
     read = Reader(config, where)
 
-    num_layers = read.number("num_hidden_layers", "n_layer", "num_layers")
+    num_layers = read.number(
+        "num_hidden_layers", "n_layer", "num_layers", "n_layers", default=_listed_layers(read)
+    )
     if num_layers > MAX_LAYERS:
         raise SpecError(
             f"{where}: num_hidden_layers: expected at most {MAX_LAYERS}, got {num_layers}."
         )
     hidden_size = read.number("hidden_size", "n_embd", "d_model")
-    num_heads = read.number("num_attention_heads", "n_head")
+    num_heads = read.number("num_attention_heads", "n_head", "n_heads")
     kv_lora_rank = read.number("kv_lora_rank", default=0, least=0)
-    head_dim = read.number("head_dim", default=hidden_size // num_heads or 1)
+    head_dim = read.number("head_dim", default=0, least=0) or hidden_size // num_heads or 1
     rope_head_dim = 0
     v_head_dim = head_dim
     if kv_lora_rank:
-        rope_head_dim = read.number("qk_rope_head_dim")
+        rope_head_dim = read.number("qk_rope_head_dim", least=0)
         head_dim = read.number("qk_nope_head_dim") + rope_head_dim
         v_head_dim = read.number("v_head_dim")
 
@@ -201,7 +208,7 @@ def read_arch(config: Mapping[str, Any], where: str) -> Arch:
         hidden_size=hidden_size,
         vocab_size=read.number("vocab_size"),
         num_heads=num_heads,
-        num_kv_heads=read.number("num_key_value_heads", default=num_heads),
+        num_kv_heads=read.number("num_key_value_heads", "kv_n_heads", default=num_heads),
         head_dim=head_dim,
         v_head_dim=v_head_dim,
         q_lora_rank=read.number("q_lora_rank", default=0, least=0),
@@ -242,17 +249,23 @@ def _read_experts(
         raise SpecError(
             f"{where}: a token chooses {top_k} experts, but a layer has {num_experts} only."
         )
-    activation = family.activation or str(
-        read.config.get("hidden_act") or read.config.get("hidden_activation") or "silu"
-    )
+    names = ("hidden_act", "hidden_activation", "mlp_hidden_act")
+    named = next((read.config[name] for name in names if read.config.get(name)), "silu")
+    activation = family.activation or str(named)
     return ExpertShape(
         num_experts=num_experts,
         top_k=top_k,
-        hidden_size=hidden_size,
+        hidden_size=read.number("moe_latent_size", "moe_hidden_size", default=hidden_size),
         intermediate_size=read.number(*EXPERT_SIZE),
         activation=activation,
         bias=family.expert_bias,
     )
+
+
+def _listed_layers(read: Reader) -> int | None:
+    """Layers of a config that lists them instead of counting them (Nemotron-H)."""
+    listed = read.config.get("layers_block_type") or read.config.get("hybrid_override_pattern")
+    return len(listed) if isinstance(listed, list | str) else None
 
 
 def _moe_layers(read: Reader, num_layers: int) -> tuple[bool, ...]:
@@ -261,6 +274,11 @@ def _moe_layers(read: Reader, num_layers: int) -> tuple[bool, ...]:
     types = read.words("mlp_layer_types", num_layers)
     if types is not None:
         return tuple(types[layer] != "dense" for layer in layers)
+    kinds = read.words("layers_block_type", num_layers)
+    if kinds is not None and "moe" in kinds:
+        return tuple(kinds[layer] == "moe" for layer in layers)
+    if isinstance(pattern := read.config.get("hybrid_override_pattern"), str):
+        return tuple(pattern[layer : layer + 1] == "E" for layer in layers)
     moe_layers = read.numbers("moe_layers")
     if moe_layers is not None:
         return tuple(layer in set(moe_layers) for layer in layers)

@@ -2,7 +2,8 @@
 """What the planner knows of a model: layers, expert shapes, bytes. Plain frozen data; reads
 nothing.
 
-P, the weights of one expert, is 3 * hidden_size * intermediate_size: gate, up and down.
+P, the weights of one expert, is 3 * hidden_size * intermediate_size: gate, up and down; 2 * ...
+where there is no gate.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from expertyard.spec.arch import Arch
 
 Shape = tuple[int, ...]
+
+WITHOUT_GATE = ("relu2",)  # activations of experts that have up and down alone
 
 
 def shapes_bytes(shapes: tuple[Shape, ...], format: str) -> int:
@@ -55,7 +58,11 @@ class ExpertShape:
     @property
     def params(self) -> int:
         """Weights of one expert, without biases."""
-        return 3 * self.hidden_size * self.intermediate_size
+        return self._matrices * self.hidden_size * self.intermediate_size
+
+    @property
+    def _matrices(self) -> int:
+        return 2 if self.activation in WITHOUT_GATE else 3
 
     @property
     def bias_params(self) -> int:
@@ -63,10 +70,10 @@ class ExpertShape:
         return 2 * self.intermediate_size + self.hidden_size if self.bias else 0
 
     def bytes(self, format: str) -> int:
-        """Bytes of one expert's three matrices in `format`, scales included, biases not."""
+        """Bytes of one expert's matrices in `format`, scales included, biases not."""
         matrix = get_format(format).matrix_bytes
         h, i = self.hidden_size, self.intermediate_size
-        return 2 * matrix(i, h) + matrix(h, i)
+        return (self._matrices - 1) * matrix(i, h) + matrix(h, i)
 
     def bias_bytes(self, format: str) -> int:
         """Bytes of one expert's biases, which no format quantises."""
