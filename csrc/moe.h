@@ -87,6 +87,9 @@ struct ExpertSet {
   uint64_t* bad_id = nullptr;     // where a kernel reports an id that names no expert
   bool rows_are_aligned = false;  // every row of every expert starts at a multiple of 16 bytes
   int32_t capability = 0;         // of the device: 90 is compute capability 9.0
+  // kBlocks: pairs of a token and an expert, per expert, up to which cuda_stream serves calls, and
+  // beyond which the kernels of wgmma do (csrc/cuda/family_choice.cuh). Reasoned, or measured.
+  float stream_pairs = 8, wgmma_pairs = 64;
 };
 
 // One call. Everything is row-major; hidden_states and out have contiguous rows.

@@ -30,8 +30,13 @@ MOST_REGISTERS = {
     "ring": 64,  # of the hand-off to the CPU
     "collect": 64,
     "experts_wgmma": 168,  # 384 threads; setmaxnreg then shares them out: 40 and 232
+    "experts_wgmma_fast": 168,
+    "prepare_e4m3": 64,
+    "sum_groups": 64,
 }
 FORMATS = ("Bf16Blocks", "Int8Blocks", "Fp8Blocks", "Int4Blocks", "Mxfp4Blocks")
+HOPPER_FORMATS = ("Int4ZerosBlocks", "Fp8FastBlocks")
+ON_HOPPER = {"experts_wgmma", "experts_wgmma_fast", "prepare_e4m3"}
 
 
 def test_status_says_why_there_is_no_gpu() -> None:
@@ -113,14 +118,16 @@ def test_no_kernel_spills_or_exceeds_its_registers(cuobjdump: str) -> None:
         name = kernel_of(mangled)
         assert (stack, local) == ("0", "0"), mangled
         assert int(registers) <= MOST_REGISTERS[name], (mangled, registers)
-        seen |= {name, *(f for f in FORMATS if f in mangled)}
+        seen |= {name, *(f for f in (*FORMATS, *HOPPER_FORMATS) if f in mangled)}
     architectures = str(_C.build["cuda_architectures"]).split()
-    wgmma = set() if "90a-real" in architectures else {"experts_wgmma"}
-    assert seen == {*MOST_REGISTERS, *FORMATS} - wgmma
-    # 4 kernels of each packed format, and the same on every architecture; 7 more on Hopper
+    everything = {*MOST_REGISTERS, *FORMATS, *HOPPER_FORMATS}
+    hopper = "90a-real" in architectures
+    assert seen == (everything if hopper else everything - ON_HOPPER - {*HOPPER_FORMATS})
+    # 4 kernels of each packed format, and the same on every architecture; 7 more on Hopper,
+    # and of int4 with zeros two
     packed = [m for m, *_ in kernels if any(f in m for f in FORMATS)]
-    hopper = 7 if "90a-real" in architectures else 0
-    assert len(packed) == 4 * len(FORMATS) * len(architectures) + hopper
+    assert len(packed) == 4 * len(FORMATS) * len(architectures) + 7 * hopper
+    assert sum("Int4ZerosBlocks" in m for m, *_ in kernels) == 2 * hopper
 
 
 def test_the_machine_code_loads_16_bytes_at_a_time_and_uses_tensor_cores(cuobjdump: str) -> None:
@@ -134,7 +141,7 @@ def test_the_machine_code_loads_16_bytes_at_a_time_and_uses_tensor_cores(cuobjdu
         assert not re.search(r"\b(STL|LDL)\b", function), mangled
         if "rows" in name or "tiles" in name:
             assert re.search(r"\bLDG(STS)?\.E\.(\w+\.)*128", function), mangled
-        if name == "experts_wgmma":
+        if name in ("experts_wgmma", "experts_wgmma_fast"):
             lint_wgmma(function, mangled)
             continue
         if name.startswith("experts_"):  # packed: weights past L1, in 16-byte pieces
@@ -152,7 +159,12 @@ def lint_wgmma(function: str, mangled: str) -> None:
     assert re.search(r"\bLDGSTS\.E\.BYPASS\.(\w+\.)*128", function), mangled
     assert re.search(r"\bSTG\.E\.(\w+\.)*128", function), mangled  # y
     assert "USETMAXREG.TRY_ALLOC" in function and "USETMAXREG.DEALLOC" in function, mangled
-    products = len(re.findall(r"\bHGMMA\.64x128x16\.F32\.BF16", function))
+    fast = "Fp8FastBlocks" in mangled
+    product = r"\bQGMMA\.64x128x32\.F32\.E4M3\.E4M3" if fast else r"\bHGMMA\.64x128x16\.F32\.BF16"
+    products = len(re.findall(product, function))
+    if fast:  # tokens' scales, and nothing that turns weights into another type
+        assert re.search(r"\bLDGSTS\.E\s", function), mangled
+        assert not re.search(r"\bHFMA2", function), mangled
     # A compiler that cannot follow the registers (C7510 and its like) waits for each product.
     waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x0", function))
     assert products >= 8 and 2 * waits <= products, (mangled, products, waits)

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(GXX is None, reason="g++ is not installed")
 ROWS, TILES, CALL = "experts_rows.cuh", "experts_tiles.cuh", "experts.cu"
 STREAM, GROUPED, CHUNK, ROUTING = "stream.cuh", "grouped.cuh", "chunk.cuh", "routing.cuh"
 ENDS, EPILOGUE, HOPPER = "grouped_ends.cuh", "grouped_epilogue.cuh", "hopper.cuh"
+RING, PRODUCER, FAST = "hopper_ring.cuh", "hopper_producer.cuh", "hopper_fast.cuh"
 COMPILED_IN = {
     ROWS: "experts_rows.cu",
     TILES: "experts_tiles.cu",
@@ -37,8 +38,8 @@ COMPILED_IN = {
     CHUNK: "packed_int4.cu",
     "scale.cuh": "packed_int4.cu",
     "format.cuh": "packed_int4.cu",
-    HOPPER: "hopper_int4.cu",
-    "wgmma.cuh": "hopper_int4.cu",
+    **dict.fromkeys((HOPPER, RING, PRODUCER, "wgmma.cuh"), "hopper_int4.cu"),
+    FAST: "hopper_fp8_fast.cu",
     ROUTING: "grouped_run.cu",
     ENDS: "grouped_run.cu",
     **{f"formats/{f}.cuh": f"packed_{f}.cu" for f in ("bf16", "int8", "fp8", "int4", "mxfp4")},
@@ -176,10 +177,11 @@ BUGS = {
         GROUPED, "copy_wait_for(a.stages - 2)", "copy_wait_for(a.stages - 1)", "grouped_random"
     ),
     "grouped: gate and up change places": (
-        EPILOGUE, "const bool has_gate = g < 4;", "const bool has_gate = g >= 4;", "grouped_random"
+        EPILOGUE, "const bool has_gate = lane < 16;", "const bool has_gate = lane >= 16;",
+        "grouped_random"
     ),
     "grouped: h in another order than the products": (
-        EPILOGUE, "{place(a.order, int(row)),", "{int(row),", "grouped_random"
+        EPILOGUE, "{place(a.order, row),", "{row,", "grouped_random"
     ),
     "grouped: x in another order than the products": (
         ENDS, "place(order, k)", "place(order == 4 ? 8 : 4, k)", "grouped_random"
@@ -191,10 +193,11 @@ BUGS = {
         HOPPER, "__syncthreads();  // the barriers are there", "//", "wgmma_random"
     ),
     "wgmma: a stage is used before it is whole": (
-        HOPPER, "ptx::barrier_wait(ring_.full(ring_.stage), ring_.parity);", "", "wgmma_rows_longer"
+        HOPPER, "ptx::barrier_wait(read_.ring.full(read_.ring.stage), read_.ring.parity);", "",
+        "wgmma_rows_longer"
     ),
     "wgmma: a stage is filled before it is free": (
-        HOPPER, "if (!ptx::barrier_test(ring_.empty(ring_.stage), ring_.parity ^ 1)) {",
+        PRODUCER, "if (!ptx::barrier_test(ring_.empty(ring_.stage), ring_.parity ^ 1)) {",
         "if (false) {", "wgmma_rows_longer"
     ),
     "wgmma: a stage is given back before the products are done": (
@@ -206,42 +209,109 @@ BUGS = {
         "F::pair(high, slice, 1)};", "wgmma_random"
     ),
     "wgmma: tokens are told of without a fence": (
-        HOPPER, "ptx::fence_for_async();", "", "wgmma_random"
+        PRODUCER, "ptx::fence_for_async();", "", "wgmma_random"
     ),
     "wgmma: a copy of tokens is not waited for": (
-        HOPPER, "ptx::copy_wait<kOpenCopies>();", "ptx::copy_wait<kOpenCopies + 1>();",
+        PRODUCER, "ptx::copy_wait<kOpenCopies>();", "ptx::copy_wait<kOpenCopies + 1>();",
         "wgmma_rows_longer"
     ),
     "wgmma: fewer bytes are expected than come": (
-        HOPPER, "arrive_expecting(full, bytes)", "arrive_expecting(full, bytes - 16)",
+        PRODUCER, "arrive_expecting(full, bytes)", "arrive_expecting(full, bytes - 16)",
         "wgmma_random"
     ),
-    "wgmma: the parity does not change": (HOPPER, "parity ^= 1;", "", "wgmma_rows_longer"),
+    "wgmma: the parity does not change": (RING, "parity ^= 1;", "", "wgmma_rows_longer"),
     "wgmma: tokens are not swizzled": (
         "wgmma.cuh", "(piece ^ row % kPanelRows)", "piece", "wgmma_random"
     ),
     "wgmma: the tokens of another slice": (
-        HOPPER, "slice % 4 * 32", "slice % 2 * 32", "wgmma_random"
+        RING, "slice % 4 * 32", "slice % 2 * 32", "wgmma_random"
     ),
     "wgmma: rows change places": (
-        HOPPER, "rows[i] = high ? w[i ^ 2] : w[i];", "rows[i] = high ? w[i] : w[i];", "wgmma_random"
+        RING, "rows[i] = high ? w[i ^ 2] : w[i];", "rows[i] = high ? w[i] : w[i];", "wgmma_random"
     ),
     "wgmma: the scales of the other half of the rows": (
-        HOPPER, "lane / 4 * 4 + 2 * j;", "lane / 4 * 4 + 0 * j;", "wgmma_random"
+        HOPPER, "read_.lane / 4 * 4 + 2 * j;", "read_.lane / 4 * 4;", "wgmma_random"
     ),
     "wgmma: the scales of another group": (
         HOPPER, "chunk + line * m.head_bytes + (line << m.quad_shift) * 512;", "chunk;",
         "wgmma_every_kind"
     ),
     "wgmma: the end of a last chunk is not cleared": (
-        HOPPER, "        clear_end(chunk);\n", "", "wgmma_every_kind"
+        PRODUCER, "        clear_end(chunk);\n", "", "wgmma_every_kind"
     ),
     "wgmma: the end of a row of h is not written": (
         HOPPER, "clear(sums);  // the end of a row of h", "continue;  //", "wgmma_every_kind"
     ),
     "wgmma: a tile's pairs are those of another": (
-        HOPPER, "a.routing.sorted[tile.first + column] /", "a.routing.sorted[column] /",
+        PRODUCER, "a.routing.sorted[tile.first + column] /", "a.routing.sorted[column] /",
         "wgmma_random"
+    ),
+    "wgmma, zeros: left out": (
+        HOPPER, "if constexpr (Tokens<F>::kFloats > 0) subtract_zeros(sums);", "",
+        "wgmma_every_kind"
+    ),
+    "wgmma, zeros: of the other half of the rows": (
+        HOPPER, "zeros[2 + i / 2] * sum", "zeros[i / 2] * sum", "wgmma_every_kind"
+    ),
+    "wgmma, zeros: the sums of another group": (
+        HOPPER, "* 16 + group * 4", "* 16", "wgmma_every_kind"
+    ),
+    "wgmma, zeros: the zeros of another group": (
+        HOPPER, "line = group >> m.quad_shift", "line = 0 * group", "wgmma_every_kind"
+    ),
+    "wgmma, zeros: sums of half a group": (
+        ENDS, "k + group_k < stride ? k + group_k", "k + 32 < stride ? k + 32", "wgmma_every_kind"
+    ),
+    "fast: no barrier before the barriers are used": (
+        FAST, "__syncthreads();  // the barriers are there", "//", "fast_random"
+    ),
+    "fast: a stage is used before it is whole": (
+        FAST, "ptx::barrier_wait(read_.ring.full(read_.ring.stage), read_.ring.parity);", "",
+        "fast_rows_and_items"
+    ),
+    "fast: sums are used before they are there": (
+        FAST, "ptx::wgmma_wait<0>();", "ptx::wgmma_wait<1>();", "fast_every_packing"
+    ),
+    "fast: no fence before the products": (
+        FAST, "if (j == 0 || s == 0) ptx::wgmma_fence();", "", "fast_random"
+    ),
+    "fast: half a product's weights of another place": (
+        FAST, "dwords[2 * s + 1][2 * j], dwords", "dwords[2 * s][2 * j], dwords", "fast_random"
+    ),
+    "fast: a slice's products replace the others": (
+        FAST, "read_.tokens(s), s > 0);", "read_.tokens(s), false);", "fast_random"
+    ),
+    "fast: the scale of another row": (
+        FAST, "of_rows[i / 2] *", "of_rows[i % 2] *", "fast_every_packing"
+    ),
+    "fast: the scale of another token": (
+        FAST, "i % 2 ? two.y : two.x", "i / 2 ? two.y : two.x", "fast_random"
+    ),
+    "fast: the scales of another group of tokens": (
+        PRODUCER, "+ chunk * kFloats;", "+ 0 * chunk;", "fast_every_packing"
+    ),
+    "fast: a group's codes do not fit its scale": (
+        FAST, "most = larger(most, __shfl_xor_sync(kAllLanes, most, other));", "", "fast_random"
+    ),
+    "fast: the largest of h is not awaited": (
+        FAST, "ptx::sync_some(1, kConsumers);", "", "fast_every_packing"
+    ),
+    "fast: one place for the largest of two items": (
+        FAST, "+ turn * kBlocks * kColumns;", "+ 0 * turn;", "fast_rows_and_items"
+    ),
+    "fast: lanes read the largest of all before it is there": (
+        FAST, "__syncwarp();  // the largest of all warps are there", "", "fast_every_packing"
+    ),
+    "fast: the largest of one warp": (
+        FAST, "for (int w = 0; w < kBlocks; ++w)", "for (int w = 0; w < 1; ++w)",
+        "fast_every_packing"
+    ),
+    "fast: the scale of h goes to another group": (
+        FAST, "first_block / kBlocks]", "0 * first_block]", "fast_every_packing"
+    ),
+    "fast: rows of h change places": (
+        FAST, "floats_to_e4m3(h[n][i] * by, h[n][2 + i] * by, 0, 0)",
+        "floats_to_e4m3(h[n][2 + i] * by, h[n][i] * by, 0, 0)", "fast_random"
     ),
     "bf16: the wrong half": (
         "formats/bf16.cuh", "return dwords[half];", "return dwords[1 - half];", "stream_every_kind"
@@ -304,7 +374,11 @@ class Build:
         return compile_file(source, csrc, to / f"{source.name}.o", *flags)
 
     def program_with(
-        self, changes: list[tuple[str, str, str]], folder: Path, test: str = "experts_test.cpp"
+        self,
+        changes: list[tuple[str, str, str]],
+        folder: Path,
+        test: str = "experts_test.cpp",
+        compiled_in: dict[str, str] = COMPILED_IN,
     ) -> Path:
         """A test program, its changed files compiled from a copy of the sources."""
         csrc = folder / "csrc"
@@ -316,7 +390,7 @@ class Build:
             assert text.count(old) == 1, f"{name} has {old!r} {text.count(old)} times"
             (csrc / "cuda" / name).write_text(text.replace(old, new))
         objects = {k: v for k, v in self.objects.items() if k == test or k not in TESTS}
-        for name in {COMPILED_IN.get(name, name) for name, _, _ in changes}:
+        for name in {compiled_in.get(name, name) for name, _, _ in changes}:
             objects[name] = self.compile(csrc / "cuda" / name, csrc, folder)
         return link(list(objects.values()), folder / "program")
 
@@ -364,10 +438,14 @@ def test_calls_larger_than_the_workspace_go_in_runs(
 def test_a_planted_bug_is_found(bug: str, build: Build, tmp_path: Path) -> None:
     name, old, new, case = BUGS[bug]
     changes = [(name, old, new)] + ([SMALL_WORKSPACE] if name == CALL else [])
-    test = (
-        "packed_test.cpp" if case.startswith(("stream", "grouped", "wgmma")) else "experts_test.cpp"
-    )
-    program = build.program_with(changes, tmp_path, test)
+    packed = case.startswith(("stream", "grouped", "wgmma", "fast"))
+    test = "packed_test.cpp" if packed else "experts_test.cpp"
+    where = COMPILED_IN
+    if bug.startswith("wgmma, zeros"):
+        where = {**where, HOPPER: "hopper_int4_zeros.cu"}
+    if bug.startswith("fast"):
+        where = {**where, PRODUCER: "hopper_fp8_fast.cu"}
+    program = build.program_with(changes, tmp_path, test, where)
     for seed in ("0", "1"):
         done = run([str(program), "--stop", "--seed", seed, case], 120)
         assert done.returncode != 0, f"seed {seed} does not notice: {bug}"

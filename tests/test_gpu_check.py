@@ -11,16 +11,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import expertyard as ey
 from expertyard.bench.shapes import Shape
 from expertyard.formats import get_format
 from expertyard.packing import packed_bytes, scale_type_of
+from expertyard.reference import moe_experts_reference
 from expertyard.testing import Problem
 from expertyard.weights import Blobs
 
@@ -28,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
 from gpu_check import __main__ as command  # noqa: E402
-from gpu_check import parts, probes  # noqa: E402
-from gpu_check.layers import checked_peer, random_blob  # noqa: E402
+from gpu_check import crossovers, parts, probes, quantised_peers  # noqa: E402
+from gpu_check.layers import checked_peer, checked_quantised_peer, random_blob  # noqa: E402
 from gpu_check.run import run_parts  # noqa: E402
 from gpu_check.state import State  # noqa: E402
 
@@ -46,6 +48,14 @@ class FakeLayer:
         self.card.measurements_left -= 1
         self.card.measured.append((self.contender, tokens, routing))
         return {"us": float(tokens)}
+
+    def measure_with(self, family: str, tokens: int) -> dict[str, Any] | None:
+        """cuda_stream is as fast as cuda_grouped up to 600 tokens, cuda_wgmma never is."""
+        if family == "cuda_stream" and tokens > 1000:
+            return None
+        self.measure(tokens, family)
+        slower = (family == "cuda_stream" and tokens > 600) or family == "cuda_wgmma"
+        return {"us": tokens * (1.1 if slower else 1.0)}
 
 
 class FakeCard:
@@ -76,7 +86,16 @@ class FakeCard:
         self.calls.append("handoff")
         return {"graph_flag_us": lambda: 3.0}
 
-    def layer(self, shape: str, contender: str) -> FakeLayer | None:
+    capability = 90
+    table: list[str]
+
+    def write_crossovers(self, lines: list[str]) -> str:
+        self.table = lines
+        return "a file"
+
+    def layer(self, shape: str, contender: str) -> FakeLayer | str | None:
+        if contender == "vllm_marlin_int4":
+            return "vllm_marlin_int4: not installed"
         return None if contender.startswith("vllm") else FakeLayer(self, contender)
 
 
@@ -116,8 +135,127 @@ def test_all_parts_end_up_in_one_file(tmp_path: Path) -> None:
                 assert results[f"{contender}/uniform/{tokens}"] == {"us": tokens}
             assert f"{contender}/zipf/16" in results
         assert results["vllm_fused_experts/uniform/1"] is None  # it is not on this machine
+        assert results["left_out"] == {"vllm_marlin_int4": "vllm_marlin_int4: not installed"}
         assert results["hf_batched_mm/uniform/8"] and "hf_batched_mm/uniform/16" not in results
     assert not list(out.parent.glob("*.part"))
+
+
+def test_borders_are_measured_and_written_as_the_table_that_the_library_reads(
+    tmp_path: Path,
+) -> None:
+    card, out = FakeCard(), tmp_path / "gpu.json"
+    assert run_parts(State.load(out, MACHINE), card, ["crossovers"], [], 540) == 0
+    results = json.loads(out.read_text())["parts"]["crossovers"]["results"]
+    assert [crossovers.HEAD, *results["table"]] == card.table and results["file"] == "a file"
+    # 128 experts, 8 of them a token: 128 tokens are 8 pairs an expert, and at most 1024 of all
+    assert "90 int4 128 2048 768 128 8 256" in card.table
+    assert len(card.table) == 1 + len(crossovers.FORMATS) * len(parts.SHAPE_NAMES)
+    measured = len(card.measured)
+    assert run_parts(State.load(out, MACHINE), card, [], ["crossovers"], 540) == 0
+    assert len(card.measured) == 2 * measured
+
+
+@pytest.mark.parametrize(
+    ("points", "pairs"),
+    [
+        ([], 0),
+        ([(2, 1.0, 2.0), (4, 1.0, 2.0)], 4),  # never faster
+        ([(2, 1.0, 2.0), (8, 2.0, 1.0), (32, 2.0, 1.0)], 4),  # in the middle, as a ratio
+        ([(2, 2.0, 1.0), (8, 2.0, 1.0)], 1),  # always faster
+        ([(2, 2.0, 1.0), (8, 1.0, 2.0), (32, 2.0, 1.0)], 16),  # from where on it stays so
+    ],
+)
+def test_a_border_is_where_the_other_becomes_faster_and_stays_so(
+    points: list[tuple[float, float, float]], pairs: float
+) -> None:
+    assert crossovers.border(points) == pytest.approx(pairs)
+
+
+ALIGNED = Shape("aligned", 256, 128, 6, 2)
+
+
+def fake_vllm(monkeypatch: pytest.MonkeyPatch, wrong: float = 1.0) -> None:
+    """fused_marlin_moe and what packs for it, in torch: a "packed" matrix is a plain one."""
+    kind = SimpleNamespace(id=7)
+
+    def marlin_quantize(w: Tensor, quant_type: Any, group: int, act_order: bool) -> Any:
+        assert quant_type is kind and group == 128 and not act_order
+        scale = w.float().unflatten(0, (-1, group)).abs().amax(1) / 7
+        each = scale.repeat_interleave(group, 0)
+        kept = ((w.float() / each).round() * each).to(w.dtype)
+        return [kept, kept, scale.to(w.dtype)]
+
+    def fused_marlin_moe(**k: Any) -> Tensor:
+        assert k["quant_type_id"] == 7 and k["topk_ids"].dtype == torch.int32
+        assert k["w1"].shape[0] == k["w1_scale"].shape[0] == k["global_num_experts"] == 6
+        return wrong * moe_experts_reference(
+            k["hidden_states"], k["topk_ids"], k["topk_weights"], k["w1"].mT, k["w2"].mT,
+            dtype=torch.float32,
+        ).to(k["hidden_states"].dtype)  # fmt: skip
+
+    layers = "vllm.model_executor.layers"
+    for name, content in {
+        f"{layers}.fused_moe.fused_marlin_moe": {"fused_marlin_moe": fused_marlin_moe},
+        f"{layers}.quantization.utils.marlin_utils_test": {"marlin_quantize": marlin_quantize},
+        "vllm.scalar_type": {"scalar_types": SimpleNamespace(uint4b8=kind)},
+    }.items():
+        fake_module(monkeypatch, name, **content)
+
+
+def fake_module(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None:
+    parts_of = name.split(".")
+    for i in range(1, len(parts_of) + 1):
+        full = ".".join(parts_of[:i])
+        if full not in sys.modules or i == len(parts_of):
+            monkeypatch.setitem(sys.modules, full, ModuleType(full))
+    for key, value in content.items():
+        setattr(sys.modules[name], key, value)
+
+
+def fake_deep_gemm(monkeypatch: pytest.MonkeyPatch, wrong: bool = False) -> None:
+    def grouped(a: Any, b: Any, out: Tensor, whose: Tensor) -> None:
+        x = (a[0].float().unflatten(1, (-1, 128)) * a[1][..., None]).flatten(1)
+        w = b[0].float() * b[1].repeat_interleave(128, 1).repeat_interleave(128, 2)
+        assert whose.dtype == torch.int32 and out.dtype == torch.bfloat16
+        assert whose.shape[0] == x.shape[0] == out.shape[0] and x.shape[0] % 16 == 0
+        for begin in range(0, x.shape[0], 16):  # a run has one owner, or none behind its rows
+            assert len({*whose[begin : begin + 16].tolist()} - {-1}) <= 1
+        out.fill_(float("nan"))
+        for row, expert in enumerate(whose.tolist()):
+            if expert >= 0:
+                out[row] = w[expert - 1 if wrong else expert] @ x[row]
+
+    fake_module(
+        monkeypatch, "deep_gemm", m_grouped_fp8_gemm_nt_contiguous=grouped,
+        get_m_alignment_for_contiguous_layout=lambda: 16,
+    )  # fmt: skip
+
+
+def test_quantised_peers_are_right_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weights = weights_of(ALIGNED)
+    fake_vllm(monkeypatch)
+    assert callable(checked_quantised_peer(ALIGNED, "vllm_marlin_int4", weights))
+    fake_vllm(monkeypatch, wrong=1.1)
+    said = checked_quantised_peer(ALIGNED, "vllm_marlin_int4", weights)
+    assert said == "vllm_marlin_int4: relative error 0.1 in a call of 4"
+    fake_deep_gemm(monkeypatch)
+    assert callable(checked_quantised_peer(ALIGNED, "deep_gemm_fp8", weights))
+    fake_deep_gemm(monkeypatch, wrong=True)
+    assert "relative error" in str(checked_quantised_peer(ALIGNED, "deep_gemm_fp8", weights))
+    assert "no multiples of 128" in str(
+        checked_quantised_peer(SMALL, "deep_gemm_fp8", weights_of(SMALL))
+    )
+
+
+def test_quantised_peers_that_are_not_there_say_so() -> None:
+    for name in quantised_peers.MAKERS:
+        said = checked_quantised_peer(SMALL_WITH_BIAS, name, weights_of(SMALL_WITH_BIAS))
+        assert said == f"{name}: not with swigluoai"
+        if importlib.util.find_spec(name.split("_")[0]) is None and name != "deep_gemm_fp8":
+            assert "not installed" in str(
+                checked_quantised_peer(ALIGNED, name, weights_of(ALIGNED))
+            )
 
 
 def test_a_run_without_time_stops_and_the_next_one_goes_on(tmp_path: Path) -> None:

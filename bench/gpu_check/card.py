@@ -21,7 +21,7 @@ class Card:
     def __init__(self) -> None:
         self.properties = torch.cuda.get_device_properties(0)
         self.short_name = re.sub(r"[^a-z0-9]+", "-", self.properties.name.lower()).strip("-")
-        self._ceilings: dict[str, float] = {}
+        self.capability = 10 * self.properties.major + self.properties.minor
 
     def facts(self) -> dict[str, Any]:
         p = self.properties
@@ -80,7 +80,14 @@ class Card:
 
         return handoff.measurements()
 
-    def layer(self, shape_name: str, contender: str) -> layers.Layer | None:
+    def write_crossovers(self, lines: list[str]) -> str:
+        """The file, beside the JSON: what EXPERTYARD_CUDA_CROSSOVERS is to name."""
+        path = ROOT / "bench" / "results" / f"gpu-{self.short_name}.crossovers"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{line}\n" for line in lines))
+        return str(path.relative_to(ROOT))
+
+    def layer(self, shape_name: str, contender: str) -> layers.Layer | str | None:
         return layers.make(shape_name, contender, graph_seconds)
 
 

@@ -7,6 +7,7 @@ rotate over routings, so that the weights of one are not in L2 when the next beg
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +23,14 @@ from expertyard.reference import moe_experts_reference
 from expertyard.testing import Problem, random_ids
 from expertyard.weights import Blobs
 
-from . import peers
+from . import peers, quantised_peers
+from .quantised_peers import BYTES_OF_A_WEIGHT
 
 CALLS = 16  # routings that a graph rotates over, for few tokens
 FEW_TOKENS = 64
 PEER_TOLERANCE = 2e-2  # relative L2 error of a peer's bf16 result
+FP8_TOLERANCE = 4e-2  # of one that rounds h to e4m3: other sums, other codes here and there
+FORCED = "EXPERTYARD_CUDA_KERNELS"
 STEP_BYTES = 128  # of csrc/blocks.h
 HEAD_BYTES = {"none": 0, "bf16": 64, "fp16": 64, "e8m0": 64, "fp32": 128}
 ROOT_MEAN_SQUARE = {"int8": 74.0, "int4": 4.6, "fp8": 110.0, "mxfp4": 2.9}  # of random codes
@@ -61,25 +65,50 @@ class Layer:
             "kernel": self.kernel(num_tokens),
         }
 
+    def measure_with(self, family: str, num_tokens: int) -> dict[str, Any] | None:
+        """The same by one family of kernels; None: it does not serve such calls."""
+        before = os.environ.get(FORCED)
+        os.environ[FORCED] = family
+        try:
+            return self.measure(num_tokens, "uniform")
+        except RuntimeError as error:
+            if "do not serve this call" not in str(error):
+                raise
+            return None
+        finally:
+            if before is None:
+                del os.environ[FORCED]
+            else:
+                os.environ[FORCED] = before
 
-def make(shape_name: str, contender: str, seconds: Seconds) -> Layer | None:
-    """None: this contender is not on this machine, or its weights do not fit."""
+
+def make(shape_name: str, contender: str, seconds: Seconds) -> Layer | str | None:
+    """None or a sentence: this contender is not on this machine, or its weights do not fit."""
     shape = SHAPES[shape_name]
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    peer = contender in peers.MAKERS
+    peer = contender in peers.MAKERS or contender in quantised_peers.MAKERS
     plain = peer or contender == "bf16-rows"
+    format, _, mode = contender.partition(" ")
     expert_bytes = (
-        2 * shape.expert_params
+        int(BYTES_OF_A_WEIGHT.get(contender, 2) * shape.expert_params)
         if plain
-        else sum(packed_bytes(contender, shape.hidden_size, shape.intermediate_size))
+        else sum(packed_bytes(format, shape.hidden_size, shape.intermediate_size))
     )
-    if expert_bytes * shape.num_experts > 0.8 * free:
-        return None
+    # a peer makes its weights from bf16 ones
+    if (2 * shape.expert_params if peer else expert_bytes) * shape.num_experts > 0.8 * free:
+        return "its weights do not fit"
     if peer:
-        run = checked_peer(shape, contender, _rows(shape))
+        if contender in quantised_peers.MAKERS:
+            found = checked_quantised_peer(shape, contender, _rows(shape))
+            if isinstance(found, str):
+                return found
+            run: Run | None = found
+        else:
+            run = checked_peer(shape, contender, _rows(shape))
         return run and Layer(shape, expert_bytes, run, lambda num_tokens: contender, seconds)
-    packed = _rows(shape).pack() if contender == "bf16-rows" else _blocks(shape, contender)
+    plain_rows = contender == "bf16-rows"
+    packed = _rows(shape).pack() if plain_rows else _blocks(shape, format, mode or "exact")
     op = torch.ops.expertyard.moe_experts
 
     def ours(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -140,7 +169,7 @@ def random_blob(base: str, scale: str, group: int, zeros: bool, k: int, size: in
     return blob
 
 
-def _blocks(shape: Shape, format: str) -> PackedExperts:
+def _blocks(shape: Shape, format: str, mode: str) -> PackedExperts:
     f = get_format(format)
     scale = scale_type_of(f)
     h, i = shape.hidden_size, shape.intermediate_size
@@ -156,7 +185,7 @@ def _blocks(shape: Shape, format: str) -> PackedExperts:
         "down_bias": [*zeros[:, :h]],
     }
     return PackedExperts.from_blobs(
-        Blobs(f, scale, h, i, *blobs), activation=shape.activation,
+        Blobs(f, scale, h, i, *blobs), activation=shape.activation, mode=mode,
         **(biases if shape.bias else {}),
     )  # fmt: skip
 
@@ -181,3 +210,29 @@ def checked_peer(shape: Shape, name: str, weights: Problem) -> Run | None:
     if not error <= PEER_TOLERANCE:
         raise RuntimeError(f"{name} on {shape.name}: relative error {error:.3g} in a call of 4")
     return run
+
+
+def checked_quantised_peer(shape: Shape, name: str, weights: Problem) -> Run | str:
+    """The same of a peer that packs weights for itself; a sentence instead of any error."""
+    if shape.activation != "silu":
+        return f"{name}: not with {shape.activation}"
+    device = weights.down.device
+    torch.manual_seed(1)
+    x = torch.randn(4, shape.hidden_size, device=device, dtype=torch.bfloat16)
+    ids = random_ids(4, shape.num_experts, shape.top_k, "uniform").to(device)
+    topk_weights = torch.rand(4, shape.top_k, device=device)
+    try:
+        peer = quantised_peers.MAKERS[name](weights)
+        with torch.no_grad():
+            out = peer.run(x, ids, topk_weights).float()
+    except Exception as error:  # other people's code: whatever goes wrong there is the reason
+        return quantised_peers.reason_of(name, error)
+    expected = moe_experts_reference(
+        x, ids % 2, topk_weights, peer.gate_up, peer.down, dtype=torch.float32,
+        rounding=peer.rounding,
+    )  # fmt: skip
+    error_of = float((out - expected).norm() / expected.norm())
+    most = FP8_TOLERANCE if peer.rounding else PEER_TOLERANCE
+    if not error_of <= most:
+        return f"{name}: relative error {error_of:.3g} in a call of 4"
+    return peer.run

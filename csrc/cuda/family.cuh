@@ -18,8 +18,9 @@ struct Family {
 
 extern const Family kRows, kTiles, kStream, kGrouped;
 #if EXPERTYARD_HOPPER  // this build has code for sm_90a
-extern const Family kWgmma;
-inline const Family* const kFamilies[] = {&kRows, &kTiles, &kStream, &kGrouped, &kWgmma};
+extern const Family kWgmma, kWgmmaFast;
+inline const Family* const kFamilies[] = {&kRows,    &kTiles, &kStream,
+                                          &kGrouped, &kWgmma, &kWgmmaFast};
 #else
 inline const Family* const kFamilies[] = {&kRows, &kTiles, &kStream, &kGrouped};
 #endif

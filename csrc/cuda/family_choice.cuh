@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which kernels serve a call. Every border here is reasoned, none measured on a GPU;
-// bench/gpu_check.sh times both sides of each, and this is the one place to write what it finds.
+// Which kernels serve a call. The borders here, and those of moe.h, are reasoned, none measured on
+// a GPU; bench/gpu_check.sh times both sides of the latter, layer by layer, and writes a table of
+// what it finds (crossovers.cuh), which goes before.
 #pragma once
 
 #include <cstdlib>
@@ -11,16 +12,16 @@
 namespace ey::cuda {
 
 // Pairs per expert of the set from which an expert has, as a rule, enough of them for another way.
+//
+// Packed (ExpertSet::stream_pairs): the stream kernel has each warp copy tokens for itself, the
+// grouped one has them copied once for 8 warps. At 8 pairs an expert the former's copies are as
+// many bytes as int4 weights. Packed, on Hopper (ExpertSet::wgmma_pairs): a tile of the wgmma
+// kernels has 128 pairs, one of the mma kernel 64 at 0.6 of the rate. With fewer pairs both wait
+// for weights, and the wider one multiplies zeros.
 struct Border {
   // Rows where they lie: up to one pair an expert dot products read hardly any weight twice;
   // beyond, tensor cores pay.
   static constexpr int64_t kTilesPairs = 1;
-  // Packed: the stream kernel has each warp copy tokens for itself, the grouped one has them copied
-  // once for 8 warps. At 8 pairs an expert the former's copies are as many bytes as int4 weights.
-  static constexpr int64_t kGroupedPairs = 8;
-  // Packed, on Hopper: a tile of the wgmma kernel has 128 pairs, one of the mma kernel 64 at 0.6 of
-  // the rate. With fewer pairs both wait for weights, and the wider one multiplies zeros.
-  static constexpr int64_t kWgmmaPairs = 64;
 };
 
 // EXPERTYARD_CUDA_KERNELS=cuda_grouped, say, gives every call to that family, to compare families
@@ -38,9 +39,13 @@ inline const Family& family_of(const MoeArgs& args) {
   if (const Family* forced = forced_family()) return *forced;
   const int64_t pairs = args.num_tokens * args.top_k, experts = args.set->num_experts;
   if (args.set->layout == Layout::kBlocks) {
-    if (pairs <= Border::kGroupedPairs * experts && kStream.serves(args)) return kStream;
+    if (double(pairs) <= double(args.set->stream_pairs) * double(experts) && kStream.serves(args))
+      return kStream;
 #if EXPERTYARD_HOPPER
-    if (pairs > Border::kWgmmaPairs * experts && kWgmma.serves(args)) return kWgmma;
+    if (double(pairs) > double(args.set->wgmma_pairs) * double(experts)) {
+      if (kWgmmaFast.serves(args)) return kWgmmaFast;
+      if (kWgmma.serves(args)) return kWgmma;
+    }
 #endif
     return kGrouped;
   }

@@ -49,11 +49,13 @@ cudaError_t launch(const PackedFormat& format, grouped::Args& a, int columns, in
   return format.grouped(columns, a, grid, cut.shared_bytes, stream);
 }
 
-constexpr grouped::Products kProducts = {16, 16, columns_of, order_of, launch};
+constexpr grouped::Products kProducts = {
+    16,         16,       2,     grouped::own_matrices, grouped::no_floats, grouped::prepare_bf16,
+    columns_of, order_of, launch};
 
 bool serves(const MoeArgs& args) {
   Matrix m[2];
-  return grouped::ends_serve(args, m) && m[0].num_blocks <= kMostGridY * grouped::kWarps;
+  return grouped::ends_serve(kProducts, args, m) && m[0].num_blocks <= kMostGridY * grouped::kWarps;
 }
 
 int64_t workspace_bytes(const MoeArgs& args, int64_t tokens) {

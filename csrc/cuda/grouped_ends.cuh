@@ -3,6 +3,7 @@
 //
 //   prepare  block 0: pairs sorted by expert and cut into tiles of one expert; the other blocks:
 //            hidden states to bf16, in the order in which the format's products take them
+//   sum_groups  of each row of ordered values, sums of groups of k, for zeros (scale.cuh) on Hopper
 //   combine  out[t, j] = sum_k weights[t, k] * y[t * top_k + k, j], slots in order
 #pragma once
 
@@ -30,6 +31,29 @@ __global__ void __launch_bounds__(kPrepareThreads)
       x[row * x_stride + place(order, k)] = ptx::float_to_bf16(value);
     }
   }
+}
+
+// A thread for each 32 k. The first ones of a group have its sum, the others and those behind the
+// row zero. Orders change places within 32 k at most.
+constexpr int kSumThreads = 256;
+__global__ void __launch_bounds__(kSumThreads)
+    sum_groups(const uint16_t* rows, int64_t count, int stride, int group_k, float* sums,
+               int sums_stride) {
+  const int64_t part = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
+  if (part >= count * sums_stride) return;
+  const int k = int(part % sums_stride) * kPartK;
+  float sum = 0.0f;
+  if (k % group_k == 0) {
+    const uint16_t* const row = rows + part / sums_stride * stride;
+    const int end = k + group_k < stride ? k + group_k : stride;
+    for (int i = k; i < end; i += Bf16::kPerVector) {
+      float v[Bf16::kPerVector];
+      unpack<Bf16>(ptx::load_uint4(row + i), v);
+#pragma unroll
+      for (const float x : v) sum += x;
+    }
+  }
+  sums[part] = sum;
 }
 
 // Grid: (tokens, ceil(hidden_size / kCombineThreads)). Shared memory: 2 words a slot.

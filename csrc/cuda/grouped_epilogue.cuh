@@ -16,92 +16,131 @@ struct Args {
   bool down;               // y of w2, else h of w13
   const uint16_t* tokens;  // ordered bf16 rows: x, or h
   int token_k;             // of a row, zeros behind what there is
-  int pairs_per_row;       // top_k for x, 1 for h
-  int order;               // of h, when it is made
-  uint16_t* h;             // [pairs, h_stride]
-  float* y;                // [pairs, y_stride]
+  const float* beside;     // what Hopper's products take beside a row of tokens
+  int beside_stride;
+  int pairs_per_row;  // top_k for x, 1 for h
+  int order;          // of h, when it is made
+  uint16_t* h;        // [pairs, h_stride]; e4m3 where products are of that
+  float* h_beside;    // [pairs, h_beside_stride], written with such an h
+  int h_beside_stride;
+  float* y;  // [pairs, y_stride]
   int h_stride, y_stride;
   int stages, stage_bytes, tokens_at;  // of the ring; where in a stage the tokens begin
 };
 
-// sums[j][n]: rows 4 g + 2 j (elements 0, 1) and 4 g + 2 j + 1 (2, 3), columns 8 n + 2 t, + 1.
-// pairs: of the tile. To y, or through the activation to h.
+// Sums of w13 through the activation: h(n, i, value) is told of row first_row + i / 2 of h and
+// column 8 n + 2 t + i % 2, where the tile has that column. sums[j][n]: rows 4 g + 2 j of the block
+// (elements 0, 1) and 4 g + 2 j + 1 (2, 3), columns 8 n + 2 t, + 1.
+//
+// Lanes of g < 4 have gate rows, the others the up rows of the same i. Each gives its partner what
+// that one lacks: the first two of the four rows are finished by g < 4, the last two by the other.
+__device__ __forceinline__ int first_row(int block, int lane) {
+  return block * kLaneSet + lane / 4 % 4 * 4 + (lane < 16 ? 0 : 2);
+}
+template <int kBlocks, class H>
+__device__ __forceinline__ void finish_h(const Args& a, const Tile& tile, int block,
+                                         const float (&sums)[2][kBlocks][4], int lane, H&& h) {
+  const ExpertSet& set = a.call.set;
+  const ExpertPointers& expert = set.experts[tile.expert];
+  const bool is_gate = lane < 16;
+  const int64_t row = first_row(block, lane);
+  float gate_bias[2] = {}, up_bias[2] = {};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (row + i >= set.intermediate_size) continue;
+    if (expert.gate_bias) gate_bias[i] = expert.gate_bias[row + i];
+    if (expert.up_bias) up_bias[i] = expert.up_bias[row + i];
+  }
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+    if (8 * n >= tile.count) break;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float mine = is_gate ? sums[0][n][i] : sums[1][n][i];
+      const float other = __shfl_xor_sync(kAllLanes, is_gate ? sums[1][n][i] : sums[0][n][i], 16);
+      if (8 * n + 2 * (lane % 4) + i % 2 >= tile.count) continue;
+      const float gate = (is_gate ? mine : other) + gate_bias[i / 2];
+      const float up = (is_gate ? other : mine) + up_bias[i / 2];
+      h(n, i, activate(set.activation, gate, up, set.alpha, set.limit));
+    }
+  }
+}
+
+// Experts without a gate: the four rows of a lane are four values of h.
+template <int kBlocks>
+__device__ __forceinline__ void finish_ungated(const Args& a, const Tile& tile, int block,
+                                               const int* pairs, const float (&sums)[2][kBlocks][4],
+                                               int lane) {
+  const ExpertSet& set = a.call.set;
+  const ExpertPointers& expert = set.experts[tile.expert];
+  const int g = lane / 4, t = lane % 4;
+  const int64_t row = int64_t(block) * kLanes + 4 * g;
+  int places[4];
+  float bias[4] = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    places[i] = place(a.order, int(row) + i);
+    if (expert.up_bias && row + i < set.intermediate_size) bias[i] = expert.up_bias[row + i];
+  }
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int column = 8 * n + 2 * t + i % 2;
+      if (column >= tile.count) continue;
+      const float up = sums[i / 4][n][i % 4] + bias[i / 2];
+      a.h[int64_t(pairs[column]) * a.h_stride + places[i / 2]] =
+          ptx::float_to_bf16(activate(set.activation, up, up, set.alpha, set.limit));
+    }
+  }
+}
+
+// The same sums of w2 to y. pairs: of the tile.
+template <int kBlocks>
+__device__ __forceinline__ void finish_y(const Args& a, const Tile& tile, int block,
+                                         const int* pairs, const float (&sums)[2][kBlocks][4],
+                                         int lane) {
+  const ExpertSet& set = a.call.set;
+  const ExpertPointers& expert = set.experts[tile.expert];
+  const int g = lane / 4, t = lane % 4;
+  const int64_t row = int64_t(block) * kLanes + 4 * g;
+  float bias[4] = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (expert.down_bias && row + i < set.hidden_size) bias[i] = expert.down_bias[row + i];
+  }
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = 8 * n + 2 * t + i;
+      if (column >= tile.count) continue;
+      ptx::store16_global(a.y + int64_t(pairs[column]) * a.y_stride + row,
+                          {sums[0][n][i] + bias[0], sums[0][n][2 + i] + bias[1],
+                           sums[1][n][i] + bias[2], sums[1][n][2 + i] + bias[3]});
+    }
+  }
+}
+
+// To y, or as bf16 to h.
 template <int kBlocks>
 __device__ __forceinline__ void finish_tile(const Args& a, const Tile& tile, int block,
                                             const int* pairs, const float (&sums)[2][kBlocks][4],
                                             int lane) {
-  const ExpertSet& set = a.call.set;
-  const ExpertPointers& expert = set.experts[tile.expert];
-  const int g = lane / 4, t = lane % 4;
   if (a.down) {
-    const int64_t row = int64_t(block) * kLanes + 4 * g;
-    float bias[4] = {};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (expert.down_bias && row + i < set.hidden_size) bias[i] = expert.down_bias[row + i];
-    }
-#pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int column = 8 * n + 2 * t + i;
-        if (column >= tile.count) continue;
-        ptx::store16_global(a.y + int64_t(pairs[column]) * a.y_stride + row,
-                            {sums[0][n][i] + bias[0], sums[0][n][2 + i] + bias[1],
-                             sums[1][n][i] + bias[2], sums[1][n][2 + i] + bias[3]});
-      }
-    }
-  } else if (!has_gate(set.activation)) {
-    const int64_t row = int64_t(block) * kLanes + 4 * g;
-    int places[4];
-    float bias[4] = {};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      places[i] = place(a.order, int(row) + i);
-      if (expert.up_bias && row + i < set.intermediate_size) bias[i] = expert.up_bias[row + i];
-    }
-#pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int column = 8 * n + 2 * t + i % 2;
-        if (column >= tile.count) continue;
-        const float up = sums[i / 4][n][i % 4] + bias[i / 2];
-        a.h[int64_t(pairs[column]) * a.h_stride + places[i / 2]] =
-            ptx::float_to_bf16(activate(set.activation, up, up, set.alpha, set.limit));
-      }
-    }
-  } else {
-    // Lanes of g < 4 have gate rows, the others the up rows of the same i. Each gives its partner
-    // what that one lacks: the first two of the four rows are finished by g < 4, the last two by
-    // the other.
-    const bool has_gate = g < 4;
-    const int64_t row = int64_t(block) * kLaneSet + g % 4 * 4 + (has_gate ? 0 : 2);
-    const int places[2] = {place(a.order, int(row)), place(a.order, int(row) + 1)};
-    float gate_bias[2] = {}, up_bias[2] = {};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (row + i >= set.intermediate_size) continue;
-      if (expert.gate_bias) gate_bias[i] = expert.gate_bias[row + i];
-      if (expert.up_bias) up_bias[i] = expert.up_bias[row + i];
-    }
-#pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
-      if (8 * n >= tile.count) break;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float mine = has_gate ? sums[0][n][i] : sums[1][n][i];
-        const float other =
-            __shfl_xor_sync(kAllLanes, has_gate ? sums[1][n][i] : sums[0][n][i], 16);
-        const int column = 8 * n + 2 * t + i % 2;
-        if (column >= tile.count) continue;
-        const float gate = (has_gate ? mine : other) + gate_bias[i / 2];
-        const float up = (has_gate ? other : mine) + up_bias[i / 2];
-        a.h[int64_t(pairs[column]) * a.h_stride + places[i / 2]] =
-            ptx::float_to_bf16(activate(set.activation, gate, up, set.alpha, set.limit));
-      }
-    }
+    finish_y<kBlocks>(a, tile, block, pairs, sums, lane);
+    return;
   }
+  if (!has_gate(a.call.set.activation)) {
+    finish_ungated<kBlocks>(a, tile, block, pairs, sums, lane);
+    return;
+  }
+  const int row = first_row(block, lane), t = lane % 4;
+  const int places[2] = {place(a.order, row), place(a.order, row + 1)};
+  finish_h<kBlocks>(a, tile, block, sums, lane, [&](int n, int i, float value) {
+    const int column = 8 * n + 2 * t + i % 2;
+    a.h[int64_t(pairs[column]) * a.h_stride + places[i / 2]] = ptx::float_to_bf16(value);
+  });
 }
 
 }  // namespace ey::cuda::grouped

@@ -13,13 +13,13 @@ constexpr int kSharedBytes = 227 * 1024;  // that every card of that capability 
 constexpr int kMostStages = 8;
 constexpr int kAlignment = 1024;  // of a stage: wgmma's swizzle counts address bits
 
-const HopperFormat* const kFormats[] = {&hopper::kHopperBf16, &hopper::kHopperInt8,
-                                        &hopper::kHopperFp8, &hopper::kHopperInt4,
-                                        &hopper::kHopperMxfp4};
+const HopperFormat* const kFormats[] = {&hopper::kHopperBf16,  &hopper::kHopperInt8,
+                                        &hopper::kHopperFp8,   &hopper::kHopperInt4,
+                                        &hopper::kHopperMxfp4, &hopper::kHopperInt4Zeros};
 
-const HopperFormat& hopper_format(Format format) {
+const HopperFormat& hopper_format(const ExpertSet& set) {
   int i = 0;
-  while (kFormats[i]->format != format) ++i;
+  while (kFormats[i]->format != set.format || kFormats[i]->zeros != set.packing.zeros) ++i;
   return *kFormats[i];
 }
 
@@ -39,9 +39,9 @@ int columns_of(const PackedFormat&, const Matrix (&)[2], int64_t, const Limits&)
 
 int order_of(const PackedFormat& format) { return kWgmmaOrder + step_k(format.format); }
 
-cudaError_t launch(const PackedFormat& format, grouped::Args& a, int columns, int64_t pairs,
+cudaError_t launch(const PackedFormat&, grouped::Args& a, int columns, int64_t pairs,
                    const Limits& limit, cudaStream_t stream) {
-  const HopperFormat& f = hopper_format(format.format);
+  const HopperFormat& f = hopper_format(a.call.set);
   a.stage_bytes = stage_bytes(f, a.matrix);
   a.stages = stages_of(a.stage_bytes);
   const int shared_bytes =
@@ -52,14 +52,19 @@ cudaError_t launch(const PackedFormat& format, grouped::Args& a, int columns, in
   return f.launch(a, grid, shared_bytes, stream);
 }
 
-constexpr grouped::Products kProducts = {kLongestRun, kLongestRun, columns_of, order_of, launch};
+// With zeros, sums of tokens, for all 128 k of a chunk.
+int64_t floats_of(const ExpertSet& set, int64_t stride) {
+  return set.packing.zeros ? round_up((stride + grouped::kPartK - 1) / grouped::kPartK, 4) : 0;
+}
 
-// Not zeros: their products with sums of tokens would take as many wgmma again.
+constexpr grouped::Products kProducts = {
+    kLongestRun, kLongestRun, 2,     grouped::own_matrices, floats_of, grouped::prepare_bf16,
+    columns_of,  order_of,    launch};
+
 bool serves(const MoeArgs& args) {
   Matrix m[2];
-  if (args.set->capability != kCapability || !grouped::ends_serve(args, m)) return false;
-  if (args.set->packing.zeros) return false;
-  const HopperFormat& f = hopper_format(args.set->format);
+  if (args.set->capability != kCapability || !grouped::ends_serve(kProducts, args, m)) return false;
+  const HopperFormat& f = hopper_format(*args.set);
   return stages_of(stage_bytes(f, m[0])) >= 2 && stages_of(stage_bytes(f, m[1])) >= 2;
 }
 

@@ -8,12 +8,14 @@ namespace ey::cuda::hopper {
 
 struct HopperFormat {
   Format format;
-  int stage_bytes;  // tokens and quads, without heads
+  bool zeros;
+  int stage_bytes;  // tokens, quads and floats, without heads
   cudaError_t (*launch)(const Args& args, unsigned grid, int shared_bytes, cudaStream_t stream);
   cudaError_t (*load)(int most_shared_bytes);
 };
 
-extern const HopperFormat kHopperBf16, kHopperInt8, kHopperFp8, kHopperInt4, kHopperMxfp4;
+extern const HopperFormat kHopperBf16, kHopperInt8, kHopperFp8, kHopperInt4, kHopperMxfp4,
+    kHopperInt4Zeros;
 
 // The numbers: a kernel each, ascending, that applies scales after so many slices of 16 k. At most
 // 4: the weights of more would not fit in registers.
@@ -34,7 +36,9 @@ struct HopperKernels {
   }
 
   static constexpr HopperFormat entry() {
-    return {F::kFormat, Stage<F>::kTokenBytes + kBlocks * ChunkShape<F>::kQuadBytes, launch, load};
+    return {F::kFormat, Tokens<F>::kFloats > 0,
+            Stage<F>::kTokenBytes + kBlocks * ChunkShape<F>::kQuadBytes + Stage<F>::kFloatBytes,
+            launch, load};
   }
 };
 

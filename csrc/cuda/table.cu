@@ -3,6 +3,7 @@
 #include <initializer_list>
 
 #include "bad_id.cuh"
+#include "crossovers.cuh"
 #include "limits.cuh"
 #include "status.cuh"
 
@@ -30,6 +31,9 @@ Status make_table(int device, const ExpertPointers* experts, ExpertSet* set) {
   Limits limit{};
   if (cudaError_t e = limits(&limit); e != cudaSuccess) return cuda_failed(e, "asking the device");
 
+  set->capability = limit.capability;
+  if (Status s = find_crossovers(set); !s.ok) return s;
+
   const size_t bytes = sizeof(ExpertPointers) * size_t(set->num_experts);
   void* table = nullptr;
   void* word = nullptr;
@@ -52,7 +56,6 @@ Status make_table(int device, const ExpertPointers* experts, ExpertSet* set) {
   set->bad_id = static_cast<uint64_t*>(word);
   *set->bad_id = 0;
   set->rows_are_aligned = rows_are_aligned(experts, set->num_experts, *set);
-  set->capability = limit.capability;
   return {};
 }
 

@@ -130,7 +130,50 @@ __device__ __forceinline__ void wgmma_bf16(float (&d)[16][4], const uint32_t (&a
         EY_SUMS(d[12]), EY_SUMS(d[13]), EY_SUMS(d[14]), EY_SUMS(d[15])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(adds)));
 }
+
+// d[64 x 128] = a[64 x 32] * tokens[32 x 128] (+ d if adds), e4m3 in, sums of fewer bits than fp32
+// (docs/cuda.md). Of its warp's 16 rows lane (g = lane / 4, t = lane % 4) has a[0] (row g, k 4 t to
+// 4 t + 3), a[1] (row g + 8), a[2] (row g, k 16 + 4 t to 16 + 4 t + 3), a[3] (row g + 8); d as
+// above.
+__device__ __forceinline__ void wgmma_e4m3(float (&d)[16][4], const uint32_t (&a)[4],
+                                           uint64_t tokens, bool adds) {
+  asm volatile(
+      "{\n"
+      ".reg .pred adds;\n"
+      "setp.ne.b32 adds, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, adds, 1, 1;\n"
+      "}"
+      : EY_SUMS(d[0]), EY_SUMS(d[1]), EY_SUMS(d[2]), EY_SUMS(d[3]), EY_SUMS(d[4]), EY_SUMS(d[5]),
+        EY_SUMS(d[6]), EY_SUMS(d[7]), EY_SUMS(d[8]), EY_SUMS(d[9]), EY_SUMS(d[10]), EY_SUMS(d[11]),
+        EY_SUMS(d[12]), EY_SUMS(d[13]), EY_SUMS(d[14]), EY_SUMS(d[15])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(adds)));
+}
+
+// Four numbers as e4m3, a in the lowest byte; beyond 448 they are 448, NaN stays NaN.
+__device__ __forceinline__ uint32_t floats_to_e4m3(float a, float b, float c, float d) {
+  uint16_t low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+  return low | uint32_t(high) << 16;
+}
+
+// 4 bytes of copy16_async.
+__device__ __forceinline__ void copy4_async(void* shared, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(from)
+               : "memory");
+}
+
 #undef EY_SUMS
+
+// A barrier of some of the block's threads, whole warps; __syncthreads() has number 0.
+__device__ __forceinline__ void sync_some(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
 
 }  // namespace ey::cuda::ptx
 #endif

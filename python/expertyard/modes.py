@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What CPU kernels do with activations: "exact" keeps them as they are, "fast" rounds them to 8
-bits in groups of 128 and multiplies integers."""
+"""What kernels do with activations: "exact" keeps them as they are, "fast" rounds them to 8 bits in
+groups of 128: on a CPU to integers, where weights are integers or mxfp4; on a Hopper GPU to e4m3,
+where weights are fp8 and a call is long (docs/cuda.md)."""
 
 from .formats import get_format
 from .native import _C
 
 MODES = ("exact", "fast")
-FORMATS_WITH_FAST = ("int8", "int4", "mxfp4")  # by base
+FORMATS_WITH_FAST = {"cpu": ("int8", "int4", "mxfp4"), "cuda": ("fp8",)}  # by base
 
 
-def has_fast(format: str) -> bool:
-    return get_format(format).base in FORMATS_WITH_FAST
+def has_fast(format: str, device: str = "cpu") -> bool:
+    """device: "cpu", "cuda", or "cuda:0" and so on."""
+    return get_format(format).base in FORMATS_WITH_FAST[device.partition(":")[0]]
 
 
 def default_mode(format: str) -> str:

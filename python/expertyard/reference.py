@@ -5,6 +5,8 @@ Slow and obvious on purpose. It works for every format that can be turned into p
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -104,6 +106,19 @@ def round_activations(x: Tensor, bits: int = 8) -> Tensor:
     return torch.cat(rounded, dim=1)
 
 
+def round_to_e4m3(x: Tensor) -> Tensor:
+    """The same to e4m3, as mode "fast" does for fp8 weights on a GPU: scale = max |x| / 448."""
+    largest_code = 448.0
+    rounded = []
+    for group in x.split(ACTIVATION_GROUP, dim=1):
+        largest = group.float().abs().amax(1, keepdim=True)
+        inverse = torch.full_like(largest, largest_code).div(largest)
+        scaled = group.float() * torch.where(largest > 0, inverse, 0)
+        codes = scaled.clamp(-largest_code, largest_code).to(torch.float8_e4m3fn)
+        rounded.append(codes.to(x.dtype) * (largest / largest_code).to(x.dtype))
+    return torch.cat(rounded, dim=1)
+
+
 def moe_experts_reference(
     hidden_states: Tensor,
     topk_ids: Tensor,
@@ -119,6 +134,7 @@ def moe_experts_reference(
     limit: float = SWIGLU_OAI_LIMIT,
     dtype: torch.dtype = torch.float64,
     activation_bits: int | None = None,
+    rounding: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """sum_k topk_weights[t, k] * FFN[topk_ids[t, k]](hidden_states[t]), all of it in dtype.
 
@@ -126,13 +142,15 @@ def moe_experts_reference(
     down [E, H, I], gate_up_bias [E, 2I], down_bias [E, H]; returns [T, H] in dtype. Without a gate
     gate_up is up alone, [E, I, H], and so is its bias.
     An id of -1 or E adds nothing. activation_bits=8: hidden_states and h go through
-    round_activations() first, as in mode "fast".
+    round_activations() first, as in mode "fast"; rounding: through this instead.
     """
     num_experts = down.shape[0]
     x, weights = hidden_states.to(dtype), topk_weights.to(dtype)
     out = torch.zeros_like(x)
     if activation_bits is not None:
-        x = round_activations(x, activation_bits)
+        rounding = partial(round_activations, bits=activation_bits)
+    if rounding is not None:
+        x = rounding(x)
     gated = has_gate(activation)
     w_gate, w_up = split_gate_up(gate_up, interleaved) if gated else (gate_up, gate_up)
     biases = None
@@ -149,8 +167,8 @@ def moe_experts_reference(
             gate = gate + biases[0][expert].to(dtype)
             up = up + biases[1][expert].to(dtype)
         h = apply_activation(gate, up, activation, alpha, limit)
-        if activation_bits is not None:
-            h = round_activations(h, activation_bits)
+        if rounding is not None:
+            h = rounding(h)
         y = h @ down[expert].to(dtype).T
         if down_bias is not None:
             y = y + down_bias[expert].to(dtype)

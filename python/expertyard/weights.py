@@ -50,7 +50,7 @@ class PackedExperts:
     handle             int, what the op takes; valid while this object lives
     format             "bf16", "fp16", "fp32", "int8", "int4-g32", "fp8", "mxfp4" ...
     layout             "rows" (in place) or "blocks" (packed)
-    mode               "exact" or "fast": what CPU kernels do with activations
+    mode               "exact" or "fast": what kernels do with activations (modes.py)
     device             torch.device of the weights, and so of the computation
     num_experts, hidden_size, intermediate_size
     nbytes             bytes of weights and biases that are here
@@ -125,8 +125,8 @@ class PackedExperts:
     ) -> "PackedExperts":
         """Packed experts where they lie: an arena, or a mapped file of packed weights.
 
-        mode   "exact": activations stay what they are; "fast": CPU kernels quantise them to 8 bits
-               in groups of 128 (int8, int4 and mxfp4 only)
+        mode   "exact": activations stay what they are; "fast": quantised to 8 bits in groups of
+               128, to integers on a CPU (int8, int4, mxfp4), to e4m3 on a GPU (fp8)
         Raises KernelError if blobs do not have the size, alignment and device that they should.
         """
         self = object.__new__(cls)
@@ -136,10 +136,12 @@ class PackedExperts:
         self.format, self.layout, self.mode = blobs.format.name, "blocks", mode
         if mode not in MODES:
             raise KernelError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-        if mode == "fast" and not has_fast(blobs.format.name):
+        first = next((w for w in blobs.w13 if w is not None), None)
+        here = "cpu" if first is None else first.device.type
+        if mode == "fast" and not _may_be_fast(blobs.format.name, here):
             raise KernelError(
-                f"mode 'fast' needs int8, int4 or mxfp4 weights, got {blobs.format.name}: leave "
-                "mode out"
+                "mode 'fast' needs int8, int4 or mxfp4 weights, or fp8 on a GPU, got "
+                f"{blobs.format.name} on {here}: leave mode out"
             )
         self._native = {
             "format": blobs.format.base,
@@ -365,6 +367,8 @@ class PackedExperts:
         first = next(iter(experts.values()))
         assert first[0] is not None and first[2] is not None
         other.device = first[0].device
+        if self.mode == "fast" and not _may_be_fast(self.format, other.device.type):
+            other.mode, other._native = "exact", {**self._native, "mode": "exact"}
         if self.layout == "rows":
             size = first[0].element_size()
             other._native = {
@@ -372,6 +376,18 @@ class PackedExperts:
                 "gate_up_row_stride": first[0].stride(0) * size,
                 "down_row_stride": first[2].stride(0) * size,
             }
+        other.handle = other._register()
+        return other
+
+    def in_mode(self, mode: str) -> "PackedExperts":
+        """The same packed experts in "exact" or "fast"; KernelError if the latter is not there."""
+        if mode == self.mode:
+            return self
+        if mode not in MODES or not _may_be_fast(self.format, self.device.type):
+            raise KernelError(f"mode {mode!r}: {self.format} on {self.device.type} has none")
+        other = object.__new__(PackedExperts)
+        other.__dict__.update({k: v for k, v in self.__dict__.items() if k != "handle"})
+        other.mode, other._native = mode, {**self._native, "mode": mode}
         other.handle = other._register()
         return other
 
@@ -437,6 +453,11 @@ class PackedExperts:
             f"{self.format}{'' if self.mode == 'exact' else ' ' + self.mode}, {self.activation}, "
             f"{self.device})"
         )
+
+
+def _may_be_fast(format: str, device: str) -> bool:
+    """On a GPU also what is fast on CPUs only: experts move, and are exact while they are there."""
+    return has_fast(format) or has_fast(format, device)
 
 
 def _matching_matrices(

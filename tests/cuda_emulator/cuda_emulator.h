@@ -158,17 +158,24 @@ inline void written_by_threads(const char* to) {
 }
 
 // The destination is poisoned now and written at the wait, so reading it too early shows.
-inline void copy16_async(void* shared, const void* from, bool valid) {
+inline void copy_async(void* shared, const void* from, bool valid, unsigned bytes) {
   preemption_point();
   char* const to = static_cast<char*>(shared);
   const emu::SharedMemory& memory = *emu::current->block->shared;
-  if (to < memory.data() || to + 16 > memory.data() + memory.bytes()) {
-    emu::grid->fail("copy16_async: the destination is not in shared memory");
+  if (to < memory.data() || to + bytes > memory.data() + memory.bytes()) {
+    emu::grid->fail("copy_async: the destination is not in shared memory");
   }
-  aligned<uint4>(shared, "copy16_async, to");
-  if (valid) aligned<uint4>(from, "copy16_async, from");
-  std::memset(to, 0xff, 16);
-  emu::current->uncommitted.push_back({to, static_cast<const char*>(from), 16, valid ? 16u : 0u});
+  for (const void* p : {static_cast<const void*>(shared), valid ? from : shared}) {
+    if (reinterpret_cast<uintptr_t>(p) % bytes) {
+      emu::grid->fail("copy_async: an address is not a multiple of its bytes");
+    }
+  }
+  std::memset(to, 0xff, bytes);
+  emu::current->uncommitted.push_back(
+      {to, static_cast<const char*>(from), bytes, valid ? bytes : 0u});
+}
+inline void copy16_async(void* shared, const void* from, bool valid) {
+  copy_async(shared, from, valid, 16);
 }
 
 inline void copy_commit() {

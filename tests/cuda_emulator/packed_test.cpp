@@ -4,6 +4,7 @@
 #include "blocks_test.h"
 #include "cuda.h"
 #include "family.cuh"
+#include "wgmma.cuh"
 
 using testing::check_contains;
 using testing::Guarded;
@@ -25,6 +26,7 @@ struct Shape {
   DType out_dtype() const { return out_is_fp32 ? DType::kF32 : hidden_dtype; }
   Activation activation = Activation::kSiluGlu;
   bool bias = false, ids_are_int64 = false;
+  bool fast = false;   // fp8: activations as e4m3
   bool nulls = false;  // expert 1 is not here
   bool sentinels = true;
 
@@ -77,6 +79,7 @@ class Problem {
     }
     set.format = s.format;
     set.layout = ey::Layout::kBlocks;
+    set.mode = s.fast ? ey::Mode::kFast : ey::Mode::kExact;
     set.packing = s.packing;
     set.activation = s.activation;
     set.alpha = 1.702f;
@@ -114,6 +117,12 @@ class Problem {
       ids_.as<int64_t>()[pair] = id;
     } else {
       ids_.as<int32_t>()[pair] = int32_t(id);
+    }
+  }
+
+  void set_hidden_states(double value) {
+    for (size_t i = 0; i < xs_.size(); ++i) {
+      xs_[i] = testing::put(x_.data(), shape.hidden_dtype, i, float(value));
     }
   }
 
@@ -169,6 +178,7 @@ class Problem {
   // one h differs by a step: allowed for the largest |down * h| of the row, besides fp32 rounding.
   void add(const Expert& x, const double* xs, double weight, std::vector<double>& h,
            std::vector<double>& expected, std::vector<double>& allowed) {
+    if (isa() == "cuda_wgmma_fast") return add_e4m3(x, xs, weight, expected, allowed);
     const size_t H = size_t(shape.hidden), I = size_t(shape.intermediate);
     for (size_t i = 0; i < I; ++i) {
       double g = shape.bias ? x.gate_bias[i] : 0, u = shape.bias ? x.up_bias[i] : 0;
@@ -189,6 +199,88 @@ class Problem {
       }
       expected[j] += weight * y;
       allowed[j] += std::fabs(weight) * (4e-6 * size + 0x1p-7 * largest);
+    }
+  }
+
+  // A row of activations as e4m3 in groups of 128: their values, and of each group 1 / scale.
+  struct Codes {
+    std::vector<double> values;
+    std::vector<float> by, scales;
+  };
+  static Codes codes(const std::vector<double>& row) {
+    Codes c;
+    for (size_t begin = 0; begin < row.size(); begin += 128) {
+      const size_t end = std::min(row.size(), begin + 128);
+      float most = 0;
+      for (size_t k = begin; k < end; ++k) most = std::max(most, std::fabs(float(row[k])));
+      c.by.push_back(most < 1e-30f ? 0.0f : 448.0f / most);
+      c.scales.push_back(most < 1e-30f ? 0.0f : most / 448.0f);
+      for (size_t k = begin; k < end; ++k) {
+        c.values.push_back(as_e4m3(float(row[k]) * c.by.back()) * double(c.scales.back()));
+      }
+    }
+    return c;
+  }
+  static double as_e4m3(float v) { return testing::e4m3(int(ey::cuda::ptx::float_to_e4m3(v))); }
+
+  // weights . row, and what the tensor cores may cut off: 33 terms a product of 32 k, each by less
+  // than a part in 2^13 of the largest; sums begin anew after 128 k.
+  static double dot(const double* weights, const std::vector<double>& row, double* cut) {
+    double sum = 0, of_group = 0;
+    *cut = 0;
+    for (size_t begin = 0; begin < row.size(); begin += 32) {
+      if (begin % 128 == 0) of_group = 0;
+      double most = std::fabs(of_group);
+      for (size_t k = begin; k < std::min(row.size(), begin + 32); ++k) {
+        const double term = weights[k] * row[k];
+        most = std::max(most, std::fabs(term));
+        of_group += term;
+        sum += term;
+      }
+      *cut += 33 * 0x1p-13 * most;
+    }
+    return sum;
+  }
+
+  void add_e4m3(const Expert& x, const double* xs, double weight, std::vector<double>& expected,
+                std::vector<double>& allowed) {
+    const size_t H = size_t(shape.hidden), I = size_t(shape.intermediate);
+    const Codes in = codes({xs, xs + H});
+    std::vector<double> h(I), off(I);  // off: how far from it the kernel's may be
+    for (size_t i = 0; i < I; ++i) {
+      double g_off, u_off;
+      const double g = dot(&x.gate.values[i * H], in.values, &g_off) +
+                       (shape.bias ? x.gate_bias[i] : 0),
+                   u = dot(&x.up.values[i * H], in.values, &u_off) +
+                       (shape.bias ? x.up_bias[i] : 0);
+      h[i] = activation(g, u);
+      for (int corner = 0; corner < 4; ++corner) {
+        const double there =
+            activation(g + (corner % 2 ? g_off : -g_off), u + (corner / 2 ? u_off : -u_off));
+        off[i] = std::max(off[i], std::fabs(there - h[i]) + 1e-6 * std::fabs(h[i]));
+      }
+    }
+    const Codes c = codes(h);
+    for (size_t i = 0; i < I; ++i) {
+      const size_t group = i / 128;
+      double most = 1e-30, most_off = 0;
+      for (size_t k = group * 128; k < std::min(I, group * 128 + 128); ++k) {
+        most = std::max(most, std::fabs(h[k]));
+        most_off = std::max(most_off, off[k]);
+      }
+      const double by = c.by[group], part = std::min(1.0, most_off / most);
+      const double far = (off[i] + part * std::fabs(h[i])) * by;
+      off[i] = (as_e4m3(float(h[i] * by + far)) - as_e4m3(float(h[i] * by - far))) *
+                   double(c.scales[group]) +
+               part * std::fabs(c.values[i]);
+    }
+    for (size_t j = 0; j < H; ++j) {
+      double cut, far = 0;
+      const double* const row = &x.down.values[j * I];
+      const double y = dot(row, c.values, &cut) + (shape.bias ? x.down_bias[j] : 0);
+      for (size_t i = 0; i < I; ++i) far += std::fabs(row[i]) * off[i];
+      expected[j] += weight * y;
+      allowed[j] += std::fabs(weight) * (cut + far + 4e-6 * std::fabs(y));
     }
   }
 
@@ -666,7 +758,6 @@ class OnHopper {
 TEST(wgmma_every_kind_of_packing) {
   const OnHopper hopper;
   for (const Kind& kind : kinds()) {
-    if (kind.packing.zeros) continue;
     for (int hidden : {264, 133}) {
       Shape s;
       s.format = kind.format;
@@ -688,7 +779,6 @@ TEST(wgmma_rows_longer_than_the_ring) {
     Shape s;
     s.format = kind.format;
     s.packing = kind.packing;
-    s.packing.zeros = false;
     s.tokens = 3;
     s.top_k = 1;
     s.num_experts = 1;
@@ -707,7 +797,6 @@ TEST(wgmma_every_type_and_activation) {
         Shape s;
         s.format = kind.format;
         s.packing = kind.packing;
-        s.packing.zeros = false;
         s.tokens = 9;
         s.num_experts = 2;
         s.hidden_dtype = hidden;
@@ -743,7 +832,6 @@ TEST(wgmma_tiles_and_items) {
       Shape s;
       s.format = kind.format;
       s.packing = kind.packing;
-      s.packing.zeros = false;
       s.tokens = tokens;
       s.top_k = 1;
       s.num_experts = tokens == 300 ? 3 : 1;
@@ -763,7 +851,6 @@ TEST(wgmma_edge_shapes) {
       Shape s;
       s.format = kind.format;
       s.packing = kind.packing;
-      s.packing.zeros = false;
       s.tokens = 2;
       s.hidden = hidden;
       s.intermediate = intermediate;
@@ -779,7 +866,6 @@ TEST(wgmma_the_schedule_does_not_change_a_bit) {
     Shape s;
     s.format = kind.format;
     s.packing = kind.packing;
-    s.packing.zeros = false;
     s.tokens = 12;
     s.num_experts = 2;
     const uint64_t seed = emu::options.seed;
@@ -821,7 +907,6 @@ TEST(wgmma_random_problems) {
     Shape s;
     s.format = kind.format;
     s.packing = kind.packing;
-    s.packing.zeros = false;
     s.tokens = pick(1, 90);
     s.top_k = pick(1, 4);
     s.num_experts = pick(1, 5);
@@ -830,6 +915,128 @@ TEST(wgmma_random_problems) {
     s.hidden_dtype = DType(random() % 3);
     s.bias = random() % 2;
     s.ids_are_int64 = random() % 2;
+    s.nulls = random() % 2;
+    s.sentinels = random() % 2;
+    s.out_is_fp32 = random() % 2;
+    run_and_check(s);
+  }
+}
+
+// Every way in which fp8 weights that meet e4m3 may be packed.
+std::vector<Packing> fast_packings() {
+  return {{ScaleType::kFp32, 128, false},
+          {ScaleType::kBf16, 128, false},
+          {ScaleType::kFp32, 0, false},
+          {ScaleType::kFp16, 256, false}};
+}
+Shape fast_shape(const Packing& packing) {
+  Shape s;
+  s.format = Format::kFp8;
+  s.packing = packing;
+  s.fast = true;
+  setenv("EXPERTYARD_CUDA_KERNELS", "cuda_wgmma_fast", 1);
+  return s;
+}
+
+TEST(fast_every_packing_and_shape) {
+  const OnHopper hopper;
+  const int sizes[][2] = {{264, 150}, {133, 200}, {1, 1}, {3, 300}, {1400, 24}, {128, 128}};
+  for (const Packing& packing : fast_packings()) {
+    for (const auto& [hidden, intermediate] : sizes) {
+      Shape s = fast_shape(packing);
+      s.tokens = hidden == 264 ? 130 : 5;  // more than one tile
+      s.top_k = hidden == 264 ? 1 : 2;
+      s.num_experts = hidden == 264 ? 1 : 2;
+      s.hidden = hidden;
+      s.intermediate = intermediate;
+      CHECK(Problem(s, 1).isa() == "cuda_wgmma_fast");
+      run_and_check(s);
+    }
+  }
+}
+
+TEST(fast_every_type_and_activation) {
+  const OnHopper hopper;
+  for (DType hidden : {DType::kBF16, DType::kF16, DType::kF32}) {
+    for (bool bias : {false, true}) {
+      Shape s = fast_shape({ScaleType::kFp32, 128, false});
+      s.tokens = 9;
+      s.num_experts = 2;
+      s.hidden_dtype = hidden;
+      s.activation = Activation(int(hidden));
+      s.bias = bias;
+      s.ids_are_int64 = bias;
+      s.nulls = bias;
+      run_and_check(s);
+    }
+  }
+}
+
+TEST(fast_rows_and_items_longer_than_the_ring) {
+  const OnHopper hopper;
+  Shape s = fast_shape({ScaleType::kFp32, 128, false});
+  s.tokens = 3;
+  s.num_experts = 1;
+  s.hidden = 1800;
+  s.intermediate = 700;  // 6 items of w13 for two multiprocessors: the largest values take turns
+  s.sentinels = false;
+  run_and_check(s);
+}
+
+TEST(fast_the_schedule_does_not_change_a_bit) {
+  const OnHopper hopper;
+  Shape s = fast_shape({ScaleType::kFp32, 128, false});
+  s.tokens = 12;
+  s.num_experts = 2;
+  s.intermediate = 300;
+  const uint64_t seed = emu::options.seed;
+  Problem problem(s, seed);
+  CHECK(problem.run().ok);
+  const std::vector<char> first = problem.result();
+  for (uint64_t other = 1; other <= 3; ++other) {
+    emu::options.seed = seed + other;
+    emu::machine.multiprocessors = 1 + int(other);
+    CHECK(problem.run().ok);
+    CHECK(problem.result() == first);
+  }
+  emu::options.seed = seed;
+}
+
+TEST(fast_nan_and_zeros_stay_what_they_are) {
+  const OnHopper hopper;
+  Shape s = fast_shape({ScaleType::kFp32, 128, false});
+  s.top_k = 1;
+  s.sentinels = false;
+  Problem problem(s, emu::options.seed);
+  for (int t = 0; t < s.tokens; ++t) problem.set_id(size_t(t), t % 2);
+  problem.set_first_code(0, 0x7f);
+  CHECK(problem.run().ok);
+  problem.check({0, 2});  // the tokens of expert 0
+  Problem nothing(s, emu::options.seed);
+  nothing.set_hidden_states(0.0);
+  CHECK(nothing.run().ok);
+  nothing.check();
+  nothing.set_hidden_states(NAN);
+  CHECK(nothing.run().ok);
+  nothing.check({0, 1, 2});
+}
+
+TEST(fast_random_problems) {
+  const OnHopper hopper;
+  std::mt19937_64 random(emu::options.seed + 96);
+  const auto pick = [&](int low, int high) {
+    return low + int(random() % uint64_t(high - low + 1));
+  };
+  const std::vector<Packing> all = fast_packings();
+  for (int i = 0; i < 8; ++i) {
+    Shape s = fast_shape(all[random() % all.size()]);
+    s.tokens = pick(1, 60);
+    s.top_k = pick(1, 4);
+    s.num_experts = pick(1, 5);
+    s.hidden = pick(1, 600);
+    s.intermediate = pick(1, 300);
+    s.hidden_dtype = DType(random() % 3);
+    s.bias = random() % 2;
     s.nulls = random() % 2;
     s.sentinels = random() % 2;
     s.out_is_fp32 = random() % 2;
@@ -849,19 +1056,74 @@ TEST(kernels_are_chosen_by_the_card_and_by_name) {
   emu::machine.most_shared_bytes = 227 * 1024;
   CHECK(chosen() == "cuda_wgmma");
   s.packing.zeros = true;
-  CHECK(chosen() == "cuda_grouped");
+  CHECK(chosen() == "cuda_wgmma");
   s.packing.zeros = false;
+  s.format = Format::kFp8;
+  for (bool fast : {false, true}) {
+    for (int group : {64, 128}) {
+      s.packing.group_size = group;
+      s.fast = fast;
+      CHECK(chosen() == (fast && group == 128 ? "cuda_wgmma_fast" : "cuda_wgmma"));
+    }
+  }
+  s.fast = false;
+  s.format = Format::kInt4;
   s.tokens = 60;  // 60 pairs an expert: a narrower tile does
   CHECK(chosen() == "cuda_grouped");
   setenv("EXPERTYARD_CUDA_KERNELS", "cuda_wgmma", 1);
   CHECK(chosen() == "cuda_wgmma");
-  s.packing.zeros = true;
+  emu::machine.major = 8;
   check_contains(Problem(s, 1).run().what, "cuda_wgmma do not serve this call");
   setenv("EXPERTYARD_CUDA_KERNELS", "cuda_fast", 1);
   check_contains(Problem(s, 1).run().what,
                  "no CUDA kernels are called 'cuda_fast'; there are: cuda_rows cuda_tiles "
-                 "cuda_stream cuda_grouped cuda_wgmma");
+                 "cuda_stream cuda_grouped cuda_wgmma cuda_wgmma_fast");
   unsetenv("EXPERTYARD_CUDA_KERNELS");
+}
+
+TEST(borders_are_those_of_the_table) {
+  Shape s;
+  s.num_experts = 2;
+  s.hidden = s.intermediate = 16;
+  emu::machine.major = 9;
+  emu::machine.minor = 0;
+  emu::machine.most_shared_bytes = 227 * 1024;
+  const std::string path = "/tmp/expertyard-crossovers-" + std::to_string(getpid());
+  const auto chosen = [&](const char* lines, int tokens) {
+    std::FILE* const file = std::fopen(path.c_str(), "w");
+    std::fputs(lines, file);
+    std::fclose(file);
+    setenv("EXPERTYARD_CUDA_CROSSOVERS", path.c_str(), 1);
+    s.tokens = tokens;
+    return Problem(s, 1).isa();
+  };
+  const char* const ours =
+      "# of a card\n\n90 int4 32 16 16 2 20.5 100 # both\n90 int4 64 16 16 2 1 1\n";
+  CHECK(chosen("", 9) == "cuda_grouped");
+  CHECK(chosen("", 65) == "cuda_wgmma");
+  CHECK(chosen(ours, 20) == "cuda_stream");
+  CHECK(chosen(ours, 21) == "cuda_grouped");
+  CHECK(chosen(ours, 100) == "cuda_grouped");
+  CHECK(chosen(ours, 101) == "cuda_wgmma");
+  CHECK(chosen("90 int4 32 16 16 2 0 30", 31) == "cuda_wgmma");  // 0: not measured
+  CHECK(chosen("90 int4 32 16 16 2 0 30", 9) == "cuda_grouped");
+  CHECK(chosen("80 int4 32 16 16 2 20 30\n90 int8 32 16 16 2 20 30\n90 fp8 32 16 16 2 2 2\n"
+               "90 mxfp4 32 16 16 2 2 2\n90 bf16 0 16 16 2 2 2\n",
+               20) == "cuda_grouped");  // of other experts
+  const auto refused = [&](const char* part) {
+    ey::ExpertSet set{};
+    set.layout = ey::Layout::kBlocks;
+    set.num_experts = 1;
+    const ey::ExpertPointers nothing{};
+    check_contains(ey::cuda::make_table(0, &nothing, &set).what, part);
+  };
+  std::FILE* const file = std::fopen(path.c_str(), "w");
+  std::fputs("90 int4 32 16 16 2 20.5 100\n90 int4 32 16 16 2 20.5\n", file);
+  std::fclose(file);
+  refused(":2: expected capability format group_size");
+  std::remove(path.c_str());
+  refused("cannot be read");
+  unsetenv("EXPERTYARD_CUDA_CROSSOVERS");
 }
 
 int main(int argc, char** argv) { return testing::main_of(argc, argv); }

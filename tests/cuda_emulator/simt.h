@@ -77,6 +77,7 @@ struct Wgmma {
   uint32_t a[4];
   uint64_t tokens;
   bool adds;
+  bool e4m3;  // else bf16
 };
 
 struct Block;

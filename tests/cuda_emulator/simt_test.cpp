@@ -147,7 +147,7 @@ TEST(asynchronous_copies_arrive_at_the_wait) {
                  "has not waited for");
   check_contains(
       report(1, 1, 64, [&] { ey::cuda::ptx::copy16_async(shared_floats() + 1, from, true); }),
-      "not a multiple of 16");
+      "not a multiple of its bytes");
   check_contains(report(1, 1, 64, [&] { ey::cuda::ptx::copy16_async(from, from, true); }),
                  "not in shared memory");
 }
@@ -292,6 +292,78 @@ TEST(wgmma_multiplies_small_integers_exactly) {
       CHECK(d[row][column] == 2 * sum);
     }
   }
+}
+
+TEST(wgmma_of_e4m3_multiplies_small_integers_exactly_and_cuts_off_small_terms) {
+  std::mt19937 random(6);
+  static float a[64][32], b[128][128],
+      d[64][128];  // tokens are rows of 128 k, of which 32 are used
+  for (auto& row : a) {
+    for (float& v : row) v = float(int(random() % 17) - 8);
+  }
+  for (auto& row : b) {
+    for (float& v : row) v = float(int(random() % 17) - 8);
+  }
+  constexpr int kFirst = 64;  // of the 32 k
+  CHECK(report(1, 128, kPanelBytes, [&] {
+          char* const panel = ptx::dynamic_shared();
+          const int thread = int(threadIdx.x), g = thread % 32 / 4, t = thread % 4;
+          const auto four = [](const float* v) {
+            return ptx::floats_to_e4m3(v[0], v[1], v[2], v[3]);
+          };
+          for (int k = 0; k < 128; k += 4) {  // thread: the token
+            const uint32_t codes = four(&b[thread][k]);
+            std::memcpy(panel + ptx::panel_offset(thread, k / 16) + k % 16, &codes, 4);
+          }
+          ptx::fence_for_async();
+          __syncthreads();
+          const int row = thread / 32 * 16 + g;
+          const uint32_t weights[4] = {four(&a[row][4 * t]), four(&a[row + 8][4 * t]),
+                                       four(&a[row][16 + 4 * t]), four(&a[row + 8][16 + 4 * t])};
+          float sums[16][4];
+          ptx::wgmma_fence();
+          ptx::wgmma_e4m3(sums, weights, ptx::token_matrix(panel + kFirst), false);
+          ptx::wgmma_e4m3(sums, weights, ptx::token_matrix(panel + kFirst), true);
+          ptx::wgmma_commit();
+          ptx::wgmma_wait<0>();
+          for (int n = 0; n < 16; ++n) {
+            for (int i = 0; i < 4; ++i) d[row + i / 2 * 8][8 * n + 2 * t + i % 2] = sums[n][i];
+          }
+        }).empty());
+  for (int row = 0; row < 64; ++row) {
+    for (int column = 0; column < 128; ++column) {
+      float sum = 0;
+      for (int k = 0; k < 32; ++k) sum += a[row][k] * b[column][kFirst + k];
+      CHECK(d[row][column] == 2 * sum);
+    }
+  }
+  float one[32] = {256}, other[32] = {256};
+  one[1] = 1, other[1] = 7.5f;
+  CHECK(ptx::add_e4m3(one, other, 0) == 65536);  // 16 bits of a sum, less than 8 is cut off
+  CHECK(ptx::add_e4m3(one, other, 9) == 65536 + 8);
+}
+
+TEST(e4m3_is_rounded_to_the_nearest_even_code) {
+  for (uint32_t code = 0; code < 127; ++code) {
+    const float value = ptx::e4m3_to_float(code), next = ptx::e4m3_to_float(code + 1);
+    CHECK(ptx::float_to_e4m3(value) == code);
+    CHECK(ptx::float_to_e4m3(-value) == (code | 128));
+    if (code == 126) continue;  // NaN is next
+    const float middle = (value + next) / 2;
+    CHECK(ptx::float_to_e4m3(middle) == code + code % 2);
+    CHECK(ptx::float_to_e4m3(std::nextafter(middle, 0.0f)) == code);
+    CHECK(ptx::float_to_e4m3(std::nextafter(middle, 500.0f)) == code + 1);
+  }
+  CHECK(ptx::float_to_e4m3(1e9f) == 126 && ptx::float_to_e4m3(-INFINITY) == 254);
+  CHECK(ptx::float_to_e4m3(NAN) == 127);
+}
+
+TEST(some_warps_meet_without_the_others) {
+  const std::string met = report(1, 96, 64, [] {
+    if (threadIdx.x >= 32) ptx::sync_some(1, 64);
+  });
+  CHECK(met.empty());
+  check_contains(report(1, 96, 64, [] { ptx::sync_some(1, 65); }), "not whole warps");
 }
 
 TEST(wgmma_that_could_meet_other_data_is_reported) {

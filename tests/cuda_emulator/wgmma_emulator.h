@@ -136,37 +136,128 @@ inline void wgmma_commit() {
   emu::current->wgmma_fenced = false;
 }
 
-inline void wgmma_bf16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t tokens, bool adds) {
+inline void issue_wgmma(const emu::Wgmma& product) {
   emu::Thread& t = *emu::current;
-  if (!t.wgmma_fenced) emu::grid->fail("wgmma_bf16: no wgmma_fence before it");
-  t.wgmma.push_back({&d[0][0], {a[0], a[1], a[2], a[3]}, tokens, adds});
+  if (!t.wgmma_fenced) emu::grid->fail("wgmma: no wgmma_fence before it");
+  t.wgmma.push_back(product);
   // The n-th product of every warp of the warpgroup is the same one.
   auto& issued = t.block->wgmma_issued[size_t(t.linear) / 128];
-  if (issued.size() <= t.wgmma_count) issued.push_back(tokens);
-  if (issued[t.wgmma_count++] != tokens) {
-    emu::grid->fail("wgmma_bf16: the warps of a warpgroup issue different products");
+  if (issued.size() <= t.wgmma_count) issued.push_back(product.tokens);
+  if (issued[t.wgmma_count++] != product.tokens) {
+    emu::grid->fail("wgmma: the warps of a warpgroup issue different products");
   }
+}
+inline void wgmma_bf16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t tokens, bool adds) {
+  issue_wgmma({&d[0][0], {a[0], a[1], a[2], a[3]}, tokens, adds, false});
+}
+inline void wgmma_e4m3(float (&d)[16][4], const uint32_t (&a)[4], uint64_t tokens, bool adds) {
+  issue_wgmma({&d[0][0], {a[0], a[1], a[2], a[3]}, tokens, adds, true});
+}
+
+inline float e4m3_to_float(uint32_t code) {
+  const int exponent = int(code >> 3 & 15), mantissa = int(code & 7);
+  const float value = (code & 127) == 127 ? NAN
+                      : exponent          ? std::ldexp(float(8 + mantissa), exponent - 10)
+                                          : std::ldexp(float(mantissa), -9);
+  return code & 128 ? -value : value;
+}
+inline uint32_t float_to_e4m3(float f) {
+  const uint32_t sign = std::signbit(f) ? 0x80 : 0;
+  if (std::isnan(f)) return 0x7f;
+  const float a = std::min(std::fabs(f), 448.0f);
+  int exponent;
+  std::frexp(a, &exponent);  // a = m * 2^exponent, m in [0.5, 1)
+  const int last_bit = a == 0.0f ? -9 : std::max(exponent - 4, -9);
+  const int steps = int(std::nearbyint(std::ldexp(a, -last_bit)));  // ties to even
+  // A carry into the next exponent comes out right by itself.
+  return sign | uint32_t(steps + (last_bit == -9 ? 0 : (last_bit + 9) * 8));
+}
+inline uint32_t floats_to_e4m3(float a, float b, float c, float d) {
+  return float_to_e4m3(a) | float_to_e4m3(b) << 8 | float_to_e4m3(c) << 16 | float_to_e4m3(d) << 24;
+}
+
+inline void copy4_async(void* shared, const void* from) { copy_async(shared, from, true, 4); }
+
+inline void sync_some(int number, int threads) {
+  if (threads % 32) emu::grid->fail("sync_some: not whole warps");
+  emu::barrier(number, threads);
 }
 
 // Row r, element k of the matrix that a descriptor names: its rows are 128 bytes apart, 8 rows are
 // a pattern in which bits 4 to 6 of an address are those of the row added to its own, and patterns
 // follow each other at the stride.
-inline float token_element(uint64_t descriptor, int row, int k) {
+inline uint32_t token_element(uint64_t descriptor, int row, int k, int bytes) {
   const uint32_t begin = uint32_t(descriptor & 0x3fff) << 4;
   const uint32_t stride = uint32_t(descriptor >> 32 & 0x3fff) << 4;
   if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) {
-    emu::grid->fail("wgmma_bf16: the descriptor is not one of the 128-byte swizzle");
+    emu::grid->fail("wgmma: the descriptor is not one of the 128-byte swizzle");
   }
-  uint32_t at = begin + uint32_t(row) / 8 * stride + uint32_t(row) % 8 * 128 + uint32_t(k) * 2;
+  uint32_t at = begin + uint32_t(row) / 8 * stride + uint32_t(row) % 8 * 128 + uint32_t(k * bytes);
   at ^= (at >> 7 & 7) << 4;
   emu::Block& block = *emu::current->block;
-  if (at + 2 > block.shared->bytes()) emu::grid->fail("wgmma_bf16: tokens past shared memory");
+  if (at + 2 > block.shared->bytes()) emu::grid->fail("wgmma: tokens past shared memory");
   if (!block.unfenced.empty() && block.unfenced[at / 16] >= 0) {
-    emu::grid->fail("wgmma_bf16: reads what was written without fence_for_async after it");
+    emu::grid->fail("wgmma: reads what was written without fence_for_async after it");
   }
-  uint16_t bits;
-  std::memcpy(&bits, block.shared->data() + at, 2);
-  return bf16_to_float(bits);
+  uint32_t bits = 0;
+  std::memcpy(&bits, block.shared->data() + at, size_t(bytes));
+  return bits;
+}
+
+// How Hopper adds products of e4m3, as far as it is known: all of a row and column, and the sum so
+// far, are shifted to the largest exponent among them, and what is then beyond 13 bits behind the
+// point is cut off.
+inline float add_e4m3(const float (&a)[32], const float (&b)[32], float sum) {
+  float terms[33], most = std::fabs(sum);
+  terms[32] = sum;
+  for (int k = 0; k < 32; ++k) {
+    terms[k] = a[k] * b[k];
+    if (!std::isfinite(terms[k])) return NAN;
+    most = std::max(most, std::fabs(terms[k]));
+  }
+  if (!std::isfinite(sum) || most == 0.0f) return sum;
+  int exponent;
+  std::frexp(most, &exponent);
+  const float unit = std::ldexp(1.0f, exponent - 1 - 13);
+  float steps = 0.0f;
+  for (const float term : terms) steps += float(int(term / unit));
+  return steps * unit;
+}
+
+// One product of a warp: lanes[lane] are its 32 parts.
+inline void multiply(const emu::Wgmma* const (&lanes)[32]) {
+  const bool e4m3 = lanes[0]->e4m3;
+  const int ks = e4m3 ? 32 : 16, in_register = ks / 8;
+  static float a[16][32], b[128][32];
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < in_register; ++j) {
+        const uint32_t bits = lanes[lane]->a[i] >> (32 / in_register * j);
+        a[lane / 4 + i % 2 * 8][lane % 4 * in_register + i / 2 * (ks / 2) + j] =
+            e4m3 ? e4m3_to_float(bits & 0xff) : bf16_to_float(bits & 0xffff);
+      }
+    }
+  }
+  for (int column = 0; column < 128; ++column) {
+    for (int k = 0; k < ks; ++k) {
+      const uint32_t bits = token_element(lanes[0]->tokens, column, k, e4m3 ? 1 : 2);
+      b[column][k] = e4m3 ? e4m3_to_float(bits) : bf16_to_float(bits);
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 128; ++column) {
+      const emu::Wgmma& product = *lanes[row % 8 * 4 + column % 8 / 2];
+      float& d = product.d[column / 8 * 4 + row / 8 * 2 + column % 2];
+      const float before = product.adds ? d : 0.0f;
+      if (e4m3) {
+        d = add_e4m3(a[row], b[column], before);
+        continue;
+      }
+      float sum = 0.0f;
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[column][k];
+      d = before + sum;
+    }
+  }
 }
 
 template <int kOpen>
@@ -176,33 +267,9 @@ void wgmma_wait() {
   emu::meet(0xffffffffu, *mine, "wgmma_wait", [](emu::Thread** lanes) {
     while (int(lanes[0]->wgmma_groups.size()) > kOpen) {
       for (size_t i = 0; i < lanes[0]->wgmma_groups.front().size(); ++i) {
-        static float a[16][16], b[16][128];
-        const uint64_t tokens = lanes[0]->wgmma_groups.front()[i].tokens;
-        for (int lane = 0; lane < 32; ++lane) {
-          const auto& product = lanes[lane]->wgmma_groups.front()[i];
-          for (int j = 0; j < 4; ++j) {
-            for (int half = 0; half < 2; ++half) {
-              a[lane / 4 + j % 2 * 8][lane % 4 * 2 + j / 2 * 8 + half] =
-                  bf16_to_float(product.a[j] >> 16 * half & 0xffff);
-            }
-          }
-        }
-        for (int k = 0; k < 16; ++k) {
-          for (int column = 0; column < 128; ++column) {
-            b[k][column] = token_element(tokens, column, k);
-          }
-        }
-        for (int row = 0; row < 16; ++row) {
-          float sums[128] = {};
-          for (int k = 0; k < 16; ++k) {
-            for (int column = 0; column < 128; ++column) sums[column] += a[row][k] * b[k][column];
-          }
-          for (int column = 0; column < 128; ++column) {
-            const auto& product = lanes[row % 8 * 4 + column % 8 / 2]->wgmma_groups.front()[i];
-            float& d = product.d[column / 8 * 4 + row / 8 * 2 + column % 2];
-            d = (product.adds ? d : 0.0f) + sums[column];
-          }
-        }
+        const emu::Wgmma* parts[32];
+        for (int lane = 0; lane < 32; ++lane) parts[lane] = &lanes[lane]->wgmma_groups.front()[i];
+        multiply(parts);
       }
       for (int lane = 0; lane < 32; ++lane) {
         lanes[lane]->wgmma_groups.erase(lanes[lane]->wgmma_groups.begin());

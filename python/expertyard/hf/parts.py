@@ -42,7 +42,7 @@ def load_experts(
             format=format,
             device=device,
             search=options.search,
-            mode=_mode(options, format),
+            mode=_mode(options, format, device),
             experts=None if len(ids) == source.layout.num_experts else ids,
             advance=advance,
         )
@@ -58,19 +58,21 @@ def map_experts(
     assert promised.placement is not None
 
     def fetch(ids: Sequence[int], format: str, device: str) -> PackedExperts:
-        mode = _mode(options, format)
+        mode = _mode(options, format, device)
         if len(ids) == promised.layout.num_experts:
             return folder.experts(promised.name, promised.layout, device, mode=mode)
-        packed = folder.experts(promised.name, promised.layout, "cpu", mode=mode)
-        return spread(packed, [(ids, device)])[0]
+        mapped = _mode(options, format, "cpu")
+        packed = folder.experts(promised.name, promised.layout, "cpu", mode=mapped)
+        part = spread(packed, [(ids, device)])[0]
+        return part if mode == mapped else part.in_mode(mode)
 
     group = None if shared is None else shared.for_layer(promised.placement)
     return build(promised.placement, fetch, layer=promised.layer, options=options, group=group)
 
 
-def _mode(options: RunOptions, format: str) -> str:
+def _mode(options: RunOptions, format: str, device: str) -> str:
     """The mode asked for, where the format has it: formats without 8-bit kernels are exact."""
-    if options.mode == "auto" or not has_fast(format):
+    if options.mode == "auto" or not (has_fast(format) or has_fast(format, device)):
         return default_mode(format)
     return options.mode
 
@@ -96,7 +98,7 @@ def experts_of_tensors(
                 format=format,
                 device=device,
                 search=options.search,
-                mode=_mode(options, format),
+                mode=_mode(options, format, device),
                 experts=None if len(ids) == layout.num_experts else ids,
             )
         if len(ids) == layout.num_experts:
