@@ -205,7 +205,8 @@ def compare(base: Path, layers: int, format: str) -> None:
         off = max(abs(a - b) for a, b in zip(logits, reference, strict=True))
         scale = max(map(abs, reference))
         print(
-            f"| {name} | {100 * there:.0f} % | {found['load_s']:.2f} | {found['first_token_s']:.2f} | "
+            f"| {name} | {100 * there:.0f} % | {found['load_s']:.2f} | "
+            f"{found['first_token_s']:.2f} | "
             f"{found['peak'] / 2**30:.2f} | {found['after'] / 2**30:.2f} | "
             f"{100 * off / scale:.1f} % |",
             flush=True,

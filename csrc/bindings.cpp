@@ -15,6 +15,7 @@
 #include "cpu/linear.h"
 #include "cpu/threads.h"
 #include "cuda/cuda.h"
+#include "decode.h"
 #include "expert_sets.h"
 #include "handoff/desk.h"
 #include "handoff/lane.h"
@@ -409,6 +410,22 @@ PYBIND11_MODULE(_C, m) {
         py::arg("gate_up_row_stride"), py::arg("down_row_stride"), py::arg("pointers"),
         py::arg("device") = -1, py::arg("layout") = "rows", py::arg("mode") = "exact",
         py::arg("scale_type") = "none", py::arg("group_size") = 0, py::arg("zeros") = false);
+  m.def(
+      "decode_ggml",
+      [](const char* kind, uintptr_t blocks, int64_t count, uintptr_t out) {
+        throw_unless(ey::decode_ggml(kind, reinterpret_cast<const uint8_t*>(blocks), count,
+                                     reinterpret_cast<void*>(out)));
+      },
+      py::arg("kind"), py::arg("blocks"), py::arg("count"), py::arg("out"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "decode_words",
+      [](bool awq, uintptr_t words, int64_t inputs, int64_t outputs, uintptr_t codes) {
+        (awq ? ey::decode_awq : ey::decode_gptq)(reinterpret_cast<const uint32_t*>(words), inputs,
+                                                 outputs, reinterpret_cast<uint8_t*>(codes));
+      },
+      py::arg("awq"), py::arg("words"), py::arg("inputs"), py::arg("outputs"), py::arg("codes"),
+      py::call_guard<py::gil_scoped_release>());
   m.def("linear_packing", &linear_packing, py::arg("format"), py::arg("scale_type"),
         py::arg("group_size"), py::arg("zeros"));
   m.def("blob_bytes", &blob_bytes, py::arg("format"), py::arg("scale_type"), py::arg("group_size"),

@@ -174,7 +174,8 @@ def _lines(
         grouped = grouped - of_groups(lines[..., size:head]).to(dtype)
     elif f.base in ("int8", "int4"):
         grouped = grouped - {"int8": 128, "int4": 8}[f.base]
-    return (grouped * scales).flatten(1)
+    weights: Tensor = (grouped * scales).flatten(1)
+    return weights
 
 
 def _numbers(steps: Tensor, base: str, dtype: torch.dtype) -> Tensor:
@@ -190,7 +191,8 @@ def _numbers(steps: Tensor, base: str, dtype: torch.dtype) -> Tensor:
     if base == "int4":
         return nibbles.to(dtype)
     table = torch.tensor([*E2M1, *(-v for v in E2M1)], dtype=dtype, device=steps.device)
-    return table[nibbles.long()]
+    looked_up: Tensor = table[nibbles.long()]
+    return looked_up
 
 
 def _up(n: int, to: int) -> int:

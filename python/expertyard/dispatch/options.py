@@ -28,8 +28,8 @@ class RunOptions:
     prefill_tokens     tokens of a call from which a rule's prefill_op and prefill_device are taken
     tokens             what processes that share experts compute: the "same" tokens, or each "own"
                        ones (docs/dispatch.md)
-    dense              quantised layers of a checkpoint that are no experts: "keep" their codes
-                       where a format of ours has them exactly, or make all of them "plain"
+    dense              quantised layers of a checkpoint that are no experts: "keep" the format
+                       that experts of such a checkpoint get, or make all of them "plain"
     defer              experts of a token, the least weighted ones on the CPU, that may finish one
                        layer later; changes results (expertyard run --defer says by how much)
     """

@@ -3,8 +3,8 @@
 
 transformers' own quantisers are no way to that on most machines (docs/checkpoints.md has the list):
 they make such layers plain while loading, or at the first token, or need a library of their own. So
-a linear layer whose codes are exactly a format of ours becomes a PackedLinear; every other one is
-made plain, and is said.
+a linear layer becomes a PackedLinear in the format that experts of such a source get; what cannot
+is made plain. Both that and what a format does not hold exactly are said.
 """
 
 import re
@@ -18,9 +18,10 @@ from ..errors import KernelError, LoadError
 from ..formats import get_format
 from ..linear import PackedLinear
 from ..loading import DTYPES, Checkpoint
+from ..loading.convert import in_format
 from ..loading.parallel import for_each
 from ..loading.progress import metered
-from ..quantize import QuantizedMatrix
+from ..quantize import QuantizedMatrix, quantize
 from .layers import layer_number
 from .skeleton import Opened
 
@@ -31,10 +32,12 @@ _THREADS = 4
 
 @dataclass(frozen=True)
 class Kept:
-    """layers: module -> key of its weight. plain: key of a quantised weight -> why it is not."""
+    """layers: module -> key of its weight. plain: key of a quantised weight -> why it is not.
+    losses: what `layers` do not keep exactly."""
 
     layers: Mapping[str, str] = field(default_factory=dict)
     plain: Mapping[str, str] = field(default_factory=dict)
+    losses: tuple[str, ...] = ()
 
 
 NOTHING_KEPT = Kept()
@@ -68,8 +71,6 @@ def choose_kept(opened: Opened, model: Any, wanted: bool) -> Kept:
             why = "its weight is tied to another"
         elif in_float32 is not None and in_float32.search(name):
             why = "its family keeps it in float32"
-        elif stored.loss:
-            why = stored.loss
         elif stored.format in DTYPES or len(stored.shape) != 2:
             why = f"it is no matrix in a format of ours ({stored.format})"
         elif tuple(module.weight.shape) != stored.shape:
@@ -78,7 +79,8 @@ def choose_kept(opened: Opened, model: Any, wanted: bool) -> Kept:
             plain[key] = why
         else:
             layers[name] = key
-    return Kept(layers, plain)
+    losses = {opened.checkpoint.stored(key).loss for key in layers.values()}  # type: ignore[union-attr]
+    return Kept(layers, plain, tuple(sorted(losses - {""})))
 
 
 def _tied(model: Any) -> set[str]:
@@ -113,10 +115,13 @@ def fill_kept(model: Any, kept: Kept, checkpoint: Checkpoint) -> None:
     def fill(name: str) -> None:
         key, layer = kept.layers[name], model.get_submodule(name)
         assert isinstance(layer, PackedLinear)
-        matrix = checkpoint.matrix(key)
-        assert isinstance(matrix, QuantizedMatrix)
+        matrix, stored = checkpoint.matrix(key), checkpoint.stored(key)
+        assert stored is not None
+        format = get_format(stored.format)
         try:
-            layer.put(matrix)
+            if not isinstance(matrix, QuantizedMatrix):  # a layout that no format of ours has
+                matrix = quantize(matrix, format)
+            layer.put(in_format(matrix, format))
         except KernelError as error:
             raise LoadError(f"{checkpoint.where(key)}: {error}") from None
         meter.advance(checkpoint.nbytes(key))

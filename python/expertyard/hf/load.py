@@ -151,6 +151,12 @@ def _say_what_is_made_plain(opened: Opened, kept: Kept, dtype: Any) -> None:
     """A warning, with the reason and the room that it takes, for quantised layers that are no
     experts and do not stay as they are."""
     checkpoint, keys = opened.checkpoint, list(kept.plain)
+    if kept.losses:
+        warnings.warn(
+            f"Not all layers that are no experts are kept as they are: {'; '.join(kept.losses)}. "
+            'dense="plain" makes them plain.',
+            stacklevel=3,
+        )
     if keys:
         weights = sum(math.prod(checkpoint.shape(key)) for key in keys)
         before = sum(checkpoint.nbytes(key) for key in keys)
