@@ -164,7 +164,8 @@ def _lines(
     def of_groups(octets: Tensor) -> Tensor:  # [blocks, lines, bytes] -> [rows, lines, groups, 1]
         own = octets.contiguous().view(_DTYPES[scale_type])[..., : in_line * _LANES]
         own = own.unflatten(-1, (in_line, _LANES)).permute(0, 3, 1, 2)
-        return own.reshape(blocks * _LANES, count, in_line, 1)
+        ordered: Tensor = own.reshape(blocks * _LANES, count, in_line, 1)
+        return ordered
 
     size = head // (2 if f.asymmetric else 1)
     scales = of_groups(lines[..., :size])
