@@ -3,7 +3,8 @@
 
     python bench/load_checkpoint.py [--gib 8] [--folder DIR] [--format int4]
 
-Each way loads in a process of its own, twice: the first fills the page cache, the second counts.
+Each way loads in a process of its own, in turn with its files in the page cache ("warm": all read
+before) and with none of them there ("cold": dropped, and the kernel asked whether they are).
 Every model then computes one token, so that a load that puts work off is seen; its logits are
 compared. `expertyard pack` runs once, before them, and writes its result and the hashes to the
 disk. Peaks are of anonymous memory, over what the process had after its imports; mapped files are
@@ -13,7 +14,10 @@ not in them, since they can be dropped and are shared.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import itertools
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -111,12 +115,36 @@ def write(folder: Path, layers: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def resident(file: Path) -> float:
+    """The share of a file that is in the page cache."""
+    size = file.stat().st_size
+    pages = -(-size // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * pages)()
+    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), size) as mapped:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), found)
+    return sum(page & 1 for page in found) / pages
+
+
+def prepare(folder: Path, warm: bool) -> float:
+    """Fills or empties the page cache of the weights; their share that then is in it."""
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            if not warm:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while warm and opened.read(16 << 20):
+                pass
+    sizes = [file.stat().st_size for file in files]
+    shares = map(resident, files)
+    return sum(size * share for size, share in zip(sizes, shares, strict=True)) / sum(sizes)
+
+
 def measure(way: str, folder: Path, format: str, out: Path | None = None) -> dict[str, float]:
     command = [sys.executable, "-c", CHILD, way, str(folder), format, str(out)]
-    for _ in range(1 if way == "pack" else 2):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{way}, {format}:\n{done.stderr[-2000:]}")
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{way}, {format}:\n{done.stderr[-2000:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -125,18 +153,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--gib", type=float, default=8, help="of the checkpoint (default: 8)")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
+    parser.add_argument(
+        "--write-only", action="store_true", help="write the checkpoint to --folder and stop"
+    )
     parser.add_argument("--format", default="int4", help="to quantise to (default: int4)")
     arguments = parser.parse_args()
-    base = Path(tempfile.mkdtemp(dir=arguments.folder))
+    layers = max(1, round(arguments.gib * 2**30 / LAYER_BYTES))
+    if arguments.write_only:
+        write(arguments.folder / "plain", layers)
+        return
+    given = arguments.folder is not None and (arguments.folder / "plain").is_dir()
+    base = arguments.folder if given else Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
-        compare(base, max(1, round(arguments.gib * 2**30 / LAYER_BYTES)), arguments.format)
+        compare(base, layers, arguments.format)
     finally:
         shutil.rmtree(base)
 
 
 def compare(base: Path, layers: int, format: str) -> None:
     plain, packed = base / "plain", base / "packed"
-    write(plain, layers)
+    if not plain.is_dir():
+        write(plain, layers)
     os.sync()  # else packing would wait for the disk to write this
     size = layers * LAYER_BYTES / 2**30
     print(f"checkpoint: {layers} layers of {EXPERTS} experts, {size:.2f} GiB of experts in bf16")
@@ -153,17 +190,23 @@ def compare(base: Path, layers: int, format: str) -> None:
         (f"expertyard, {format} while loading", "expertyard", plain, format),
         (f"expertyard, {format} packed before", "packed", packed, format),
     ]
-    print("| | load, s | first forward, s | peak, GiB | afterwards, GiB | logits off by |")
-    print("|--|--:|--:|--:|--:|--:|")
+    os.sync()  # what is not on the disk yet cannot be dropped from memory
+    print(
+        "| | files in memory | load, s | first forward, s | peak, GiB | afterwards, GiB | "
+        "logits off by |"
+    )
+    print("|--|--:|--:|--:|--:|--:|--:|")
     reference: list[float] = []
-    for name, way, folder, wanted in ways:
+    for (name, way, folder, wanted), warm in itertools.product(ways, (True, False)):
+        there = prepare(folder, warm)
         found = measure(way, folder, wanted)
         logits: list[float] = found["logits"]  # type: ignore[assignment]
         reference = reference or logits
         off = max(abs(a - b) for a, b in zip(logits, reference, strict=True))
         scale = max(map(abs, reference))
         print(
-            f"| {name} | {found['load_s']:.2f} | {found['first_token_s']:.2f} | "
+            f"| {name} | {100 * there:.0f} % | {found['load_s']:.2f} | "
+            f"{found['first_token_s']:.2f} | "
             f"{found['peak'] / 2**30:.2f} | {found['after'] / 2**30:.2f} | "
             f"{100 * off / scale:.1f} % |",
             flush=True,

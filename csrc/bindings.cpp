@@ -12,8 +12,10 @@
 #include "cpu/features.h"
 #include "cpu/kernel.h"
 #include "cpu/limits.h"
+#include "cpu/linear.h"
 #include "cpu/threads.h"
 #include "cuda/cuda.h"
+#include "decode.h"
 #include "expert_sets.h"
 #include "handoff/desk.h"
 #include "handoff/lane.h"
@@ -94,7 +96,6 @@ ey::Mode parse_mode(const std::string& name) {
   return parse<ey::Mode>(name, {{"exact", ey::Mode::kExact}, {"fast", ey::Mode::kFast}});
 }
 
-// Only what kernels can read: they divide groups of activations into groups of weights.
 ey::Packing parse_packing(ey::Format format, const std::string& scale_type, int64_t group_size,
                           bool zeros) {
   const auto type = parse<ey::ScaleType>(scale_type, {{"none", ey::ScaleType::kNone},
@@ -102,16 +103,14 @@ ey::Packing parse_packing(ey::Format format, const std::string& scale_type, int6
                                                       {"fp16", ey::ScaleType::kFp16},
                                                       {"fp32", ey::ScaleType::kFp32},
                                                       {"e8m0", ey::ScaleType::kE8m0}});
-  const bool plain = format == ey::Format::kBf16, mx = format == ey::Format::kMxfp4;
-  const bool group = group_size == 32 || group_size == 64 || group_size == 128;
-  if (plain != (type == ey::ScaleType::kNone) || mx != (type == ey::ScaleType::kE8m0) ||
-      (mx && group_size != 32) || (plain && group_size != 0) || !(group || group_size == 0) ||
-      (zeros && (format != ey::Format::kInt4 || !group))) {
+  const ey::Packing packing{.scale_type = type, .group_size = group_size, .zeros = zeros};
+  if (format != ey::Format::kFp32 && format != ey::Format::kFp16 &&
+      !ey::is_packing(format, packing)) {
     throw py::value_error(std::string(ey::name_of(format)) + " with scales " + scale_type +
                           ", group_size " + std::to_string(group_size) + (zeros ? ", zeros" : "") +
                           " is not a packing");
   }
-  return {.scale_type = type, .group_size = group_size, .zeros = zeros};
+  return packing;
 }
 
 ey::BlockShape block_shape(const std::string& format, const std::string& scale_type,
@@ -121,6 +120,13 @@ ey::BlockShape block_shape(const std::string& format, const std::string& scale_t
     throw py::value_error(format + " is not packed");
   }
   return {.format = f, .packing = parse_packing(f, scale_type, group_size, zeros), .k = k};
+}
+
+// What expertyard::linear takes for a packing.
+int64_t linear_packing(const std::string& format, const std::string& scale_type, int64_t group_size,
+                       bool zeros) {
+  const auto shape = block_shape(format, scale_type, group_size, zeros, 0);
+  return ey::LinearPacking{shape.format, shape.packing}.encode();
 }
 
 // Bytes of the blobs of one expert: (w13, w2).
@@ -408,6 +414,24 @@ PYBIND11_MODULE(_C, m) {
         py::arg("gate_up_row_stride"), py::arg("down_row_stride"), py::arg("pointers"),
         py::arg("device") = -1, py::arg("layout") = "rows", py::arg("mode") = "exact",
         py::arg("scale_type") = "none", py::arg("group_size") = 0, py::arg("zeros") = false);
+  m.def(
+      "decode_ggml",
+      [](const char* kind, uintptr_t blocks, int64_t count, uintptr_t out) {
+        throw_unless(ey::decode_ggml(kind, reinterpret_cast<const uint8_t*>(blocks), count,
+                                     reinterpret_cast<void*>(out)));
+      },
+      py::arg("kind"), py::arg("blocks"), py::arg("count"), py::arg("out"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "decode_words",
+      [](bool awq, uintptr_t words, int64_t inputs, int64_t outputs, uintptr_t codes) {
+        (awq ? ey::decode_awq : ey::decode_gptq)(reinterpret_cast<const uint32_t*>(words), inputs,
+                                                 outputs, reinterpret_cast<uint8_t*>(codes));
+      },
+      py::arg("awq"), py::arg("words"), py::arg("inputs"), py::arg("outputs"), py::arg("codes"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def("linear_packing", &linear_packing, py::arg("format"), py::arg("scale_type"),
+        py::arg("group_size"), py::arg("zeros"));
   m.def("blob_bytes", &blob_bytes, py::arg("format"), py::arg("scale_type"), py::arg("group_size"),
         py::arg("zeros"), py::arg("hidden_size"), py::arg("intermediate_size"),
         py::arg("has_gate"));

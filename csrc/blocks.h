@@ -40,6 +40,17 @@ EY_BOTH constexpr int64_t size_of(ScaleType t) {  // bytes of one scale
   return t == ScaleType::kNone ? 0 : t == ScaleType::kE8m0 ? 1 : t == ScaleType::kFp32 ? 4 : 2;
 }
 
+// Only what kernels can read: they divide groups of activations into groups of weights.
+constexpr bool is_packing(Format f, const Packing& p) {
+  const bool plain = f == Format::kBf16, mx = f == Format::kMxfp4;
+  const bool packed = plain || mx || f == Format::kInt8 || f == Format::kInt4 || f == Format::kFp8;
+  const bool group = p.group_size == 32 || p.group_size == 64 || p.group_size == 128;
+  return packed && plain == (p.scale_type == ScaleType::kNone) &&
+         mx == (p.scale_type == ScaleType::kE8m0) && (!mx || p.group_size == 32) &&
+         (!plain || p.group_size == 0) && (group || p.group_size == 0) &&
+         (!p.zeros || (f == Format::kInt4 && group));
+}
+
 // One matrix with k columns.
 struct BlockShape {
   Format format;

@@ -13,6 +13,8 @@
 //   expertyard::collect_cpu(Tensor ticket, Tensor share, int desk) -> Tensor     experts in RAM,
 //   and
 //                         adds it to its own share; between the two its own experts run
+//   expertyard::linear(Tensor input, Tensor weight, int out_features, int packing, int group_size)
+//                         -> Tensor   a layer of packed weights that is no expert (cpu/linear.h)
 //
 // Shapes, dtypes and errors: python/expertyard/ops.py, which also registers the fake kernel and
 // the backward that refuses.
@@ -33,6 +35,7 @@
 #include <vector>
 
 #include "cpu/experts.h"
+#include "cpu/linear.h"
 #include "cpu/threads.h"
 #include "cuda/cuda.h"
 #include "expert_sets.h"
@@ -397,6 +400,46 @@ void moe_experts_into_cuda(const Tensor& hidden_states, const Tensor& topk_ids,
   run_on_cuda(check(hidden_states, topk_ids, topk_weights, experts, &out));
 }
 
+// packing: linear_packing() of bindings.cpp, which has checked it.
+Tensor linear_cpu(const Tensor& input, const Tensor& weight, int64_t out_features, int64_t packing,
+                  int64_t group_size) {
+  const auto dtype = float_dtype(input);
+  EY_CHECK(input.dim() == 2 && dtype.has_value(),
+           "input: expected [num_tokens, in_features] bfloat16, float16 or float32, got ",
+           shape_of(input), " ", torch::headeronly::toString(input.scalar_type()));
+  const ey::LinearPacking p = ey::LinearPacking::decode(packing, group_size);
+  EY_CHECK(ey::is_packing(p.format, p.packing) && out_features >= 0,
+           "packing: expected _C.linear_packing()'s, got ", packing, " with group_size ",
+           group_size, " and out_features ", out_features);
+  const int64_t in_features = input.size(1);
+  const int64_t bytes =
+      ey::w2_blocks(out_features) * ey::BlockShape{p.format, p.packing, in_features}.block_bytes();
+  EY_CHECK(weight.dim() == 1 && weight.scalar_type() == ScalarType::Byte &&
+               weight.is_contiguous() && weight.numel() == bytes,
+           "weight: expected uint8 [", bytes, "] for out_features=", out_features,
+           ", in_features=", in_features, ", got ", shape_of(weight), " ",
+           torch::headeronly::toString(weight.scalar_type()));
+  const ey::cpu::Kernel* kernel = nullptr;
+  const ey::Status chosen =
+      ey::select_kernel(p.format, ey::Layout::kBlocks, ey::Mode::kExact, *dtype, &kernel);
+  EY_CHECK(chosen.ok, chosen.what);
+  const Tensor rows = torch::stable::contiguous(input);
+  Tensor out = torch::stable::new_empty(input, {input.size(0), out_features});
+  const ey::Status done = ey::cpu::linear(*kernel,
+                                          {.num_tokens = rows.size(0),
+                                           .in_features = in_features,
+                                           .out_features = out_features,
+                                           .input = rows.const_data_ptr(),
+                                           .out = out.mutable_data_ptr(),
+                                           .dtype = *dtype,
+                                           .format = p.format,
+                                           .packing = p.packing,
+                                           .weight = weight.const_data_ptr()},
+                                          threads_of_caller());
+  EY_CHECK(done.ok, done.what);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(expertyard, m) {
@@ -413,12 +456,16 @@ STABLE_TORCH_LIBRARY(expertyard, m) {
       "ask_cpu(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, int experts, int desk) "
       "-> Tensor");
   m.def("collect_cpu(Tensor ticket, Tensor share, int desk) -> Tensor");
+  m.def(
+      "linear(Tensor input, Tensor weight, int out_features, int packing, int group_size) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(expertyard, CPU, m) {
   m.impl("moe_experts", TORCH_BOX(&moe_experts_cpu));
   m.impl("moe_experts_into", TORCH_BOX(&moe_experts_into_cpu));
   m.impl("moe_parts", TORCH_BOX(&moe_parts_cpu));
+  m.impl("linear", TORCH_BOX(&linear_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(expertyard, CUDA, m) {

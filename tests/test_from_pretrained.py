@@ -44,9 +44,9 @@ def test_every_layout_computes_what_its_numbers_say(tmp_path, layout):
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "mxfp4"])
-def test_quantised_layers_that_are_no_experts_are_made_plain(tmp_path, layout):
+def test_quantised_layers_that_are_no_experts_can_be_made_plain(tmp_path, layout):
     folder, truth = quantised(tmp_path, layout, dense=True)
-    model = ey.from_pretrained(folder, dtype=torch.float32, mode="exact")
+    model = ey.from_pretrained(folder, dtype=torch.float32, mode="exact", dense="plain")
     reference = load(truth)
     for name, parameter in reference.named_parameters():
         if ".experts." not in name:
@@ -196,7 +196,7 @@ def test_a_model_by_experts_implementation_saves_as_ever(tmp_path):
 def test_quantised_layers_that_are_made_plain_are_said(tmp_path):
     folder, _ = quantised(tmp_path, "fp8", dense=True)
     with pytest.warns(UserWarning, match=r"quantised layers that are no experts \(.*made plain in"):
-        ey.from_pretrained(folder)
+        ey.from_pretrained(folder, dense="plain")
 
 
 def test_activations_are_rounded_where_perplexity_allows_it_and_the_cpu_gains(tmp_path):

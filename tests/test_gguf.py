@@ -15,6 +15,7 @@ from gguf import GGUFWriter
 
 import expertyard as ey
 from expertyard.errors import LoadError
+from expertyard.linear import PackedLinear
 from expertyard.loading import GgufCheckpoint, gguf_files
 from expertyard.quantize import QuantizedMatrix
 from gguf_writers import K_TYPES, PLAIN, encode, write_qwen3_moe
@@ -84,12 +85,14 @@ def test_a_whole_file_is_a_model(tmp_path, kind):
         assert torch.equal(greedy(ours, batch), greedy(model, batch))
 
 
-def test_quantised_dense_layers_are_made_plain(tmp_path):
+def test_dense_layers_keep_their_codes(tmp_path):
     model = tiny_model("qwen3_moe", **SIZES)
     write_qwen3_moe(model, tmp_path / "model.gguf", "Q4_0", dense="Q8_0")
     ours = ey.from_pretrained(tmp_path / "model.gguf", dtype=torch.float32, mode="exact")
     for name, parameter in ours.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
+    kept = [m.format for m in ours.modules() if isinstance(m, PackedLinear)]
+    assert kept and set(kept) == {"int8-g32"}
     batch = prompts()
     torch.testing.assert_close(logits(ours, batch), logits(model, batch), rtol=1e-4, atol=1e-4)
 

@@ -31,6 +31,7 @@ WITH_TORCH = [
     ["weights"],
     ["ops", "quantize"],
     ["packing"],
+    ["linear"],
     ["loading"],
     ["dispatch"],
     ["testing"],

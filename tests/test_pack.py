@@ -2,7 +2,12 @@
 """`expertyard pack`: the same model, loaded by mapping files; interrupted, resumed, checked."""
 
 import json
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -259,3 +264,29 @@ def test_files_written_anew_without_alignment_are_named(copy):
     (copy / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(LoadError, match="expected to begin at a multiple of 64 bytes"):
         ey.from_pretrained(copy)
+
+
+def test_packing_that_is_killed_at_any_moment_resumes(plain, packed, tmp_path):
+    """kill -9: what is there never loads as a model until it is whole, and is then the same."""
+    out = tmp_path / "out"
+    code = (
+        "import sys; import expertyard.hf.pack as pack; print('ready', flush=True);"
+        "pack.pack(sys.argv[1], sys.argv[2], 'int4-g32')"
+    )
+    moments, kills = random.Random(0), 0
+    for _ in range(4):
+        command = [sys.executable, "-c", code, str(plain), str(out)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(moments.uniform(0, 0.08))
+            process.kill()
+        kills += process.returncode == -signal.SIGKILL
+        if not (out / MANIFEST).exists():
+            with pytest.raises(LoadError):
+                ey.from_pretrained(out)
+    assert kills
+    pack(plain, out, "int4-g32").verify()
+    for file in packed.glob("*.safetensors"):
+        assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+    assert {file.name for file in out.iterdir()} == {file.name for file in packed.iterdir()}

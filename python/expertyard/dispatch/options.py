@@ -28,6 +28,8 @@ class RunOptions:
     prefill_tokens     tokens of a call from which a rule's prefill_op and prefill_device are taken
     tokens             what processes that share experts compute: the "same" tokens, or each "own"
                        ones (docs/dispatch.md)
+    dense              quantised layers of a checkpoint that are no experts: "keep" the format
+                       that experts of such a checkpoint get, or make all of them "plain"
     defer              experts of a token, the least weighted ones on the CPU, that may finish one
                        layer later; changes results (expertyard run --defer says by how much)
     """
@@ -40,6 +42,7 @@ class RunOptions:
     prefill_tokens: int = 32
     tokens: str = "same"
     handoff: str = "auto"
+    dense: str = "keep"
     defer: int = 0
 
     def __post_init__(self) -> None:
@@ -49,6 +52,7 @@ class RunOptions:
         _one_of("policy", self.policy, POLICIES)
         _one_of("out_of_memory", self.out_of_memory, ("error", "cpu"))
         _one_of("tokens", self.tokens, ("same", "own"))
+        _one_of("dense", self.dense, ("keep", "plain"))
         _one_of("handoff", self.handoff, ("auto", "flag", "host"))
         if (
             isinstance(self.timeout, bool)

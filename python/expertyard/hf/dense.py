@@ -8,6 +8,7 @@ in the model's dtype, one after another.
 import torch
 from torch import Tensor
 
+from .kept import Kept
 from .skeleton import Opened
 
 __all__ = ["dense_state", "dense_tensor"]
@@ -19,6 +20,11 @@ def dense_tensor(opened: Opened, key: str, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if opened.checkpoint.stored(key) is not None else tensor
 
 
-def dense_state(opened: Opened, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All of them, by the names that transformers converts from."""
-    return {name: dense_tensor(opened, key, dtype) for key, name in opened.dense.items()}
+def dense_state(opened: Opened, dtype: torch.dtype, kept: Kept) -> dict[str, Tensor]:
+    """All but those that stay quantised, by the names that transformers converts from."""
+    stay = set(kept.layers.values())
+    return {
+        name: dense_tensor(opened, key, dtype)
+        for key, name in opened.dense.items()
+        if key not in stay
+    }

@@ -60,6 +60,7 @@ def open_gguf(path: Path) -> Opened:
         dense,
         path.parent,
         None,
+        {key: name for key, name in dense.items() if _in_order(checkpoint, processor, key)},
     )
 
 
@@ -146,6 +147,19 @@ def _dense(
             "architecture's names well enough, or the file does not belong to this config.json."
         )
     return dense
+
+
+def _in_order(checkpoint: GgufCheckpoint, processor: Any, key: str) -> bool:
+    """Whether a tensor's rows are in transformers' order already, tried with their numbers."""
+    shape = checkpoint.shape(key)
+    if processor is None or len(shape) != 2:
+        return processor is None
+    numbers = torch.arange(shape[0], dtype=torch.float32)[:, None].numpy()
+    try:
+        done = processor.process(numbers.copy(), name=key).weights
+    except Exception:  # it wants more than one column: it does something with them
+        return False
+    return done.shape == numbers.shape and bool((done == numbers).all())
 
 
 class _Processed(GgufCheckpoint):

@@ -9,6 +9,7 @@ are; of a GGUF file it gets these under its own names.
 import dataclasses
 import math
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..plan import Request
 from .config import QUANT_METHOD, ExpertsConfig
 from .dense import dense_state
 from .gguf_model import open_gguf
+from .kept import Kept, choose_kept
 from .reading import Reading, reading
 from .skeleton import (
     Opened,
@@ -32,6 +34,7 @@ from .skeleton import (
     open_folder,
     read_config,
     settings_of,
+    skeleton,
 )
 
 __all__ = ["find_model", "from_pretrained", "open_model"]
@@ -128,13 +131,14 @@ def _load(opened: Opened, ours: ExpertsConfig, dtype: Any, options: dict[str, An
     config, folder = opened.config, opened.folder
     if "generation_config" not in options and (folder / "generation_config.json").is_file():
         options["generation_config"] = GenerationConfig.from_pretrained(folder)
-    _say_what_is_made_plain(opened, dtype)
-    read = Reading(opened.checkpoint, opened.sources, folder=opened.spec_folder)
+    kept = choose_kept(opened, skeleton(config), ours.options.dense == "keep")
+    _say_what_is_made_plain(opened, kept, dtype)
+    read = Reading(opened.checkpoint, opened.sources, folder=opened.spec_folder, kept=kept)
     with reading(read):
         model = model_class(config).from_pretrained(
             None,
             config=config,
-            state_dict=dense_state(opened, dtype),
+            state_dict=dense_state(opened, dtype, kept),
             quantization_config=ours,
             dtype=dtype,
             **options,
@@ -143,16 +147,24 @@ def _load(opened: Opened, ours: ExpertsConfig, dtype: Any, options: dict[str, An
     return model
 
 
-def _say_what_is_made_plain(opened: Opened, dtype: Any) -> None:
-    """A warning, with the room that it takes, for quantised layers that are no experts."""
-    checkpoint = opened.checkpoint
-    keys = [key for key in opened.dense if checkpoint.stored(key) is not None]
+def _say_what_is_made_plain(opened: Opened, kept: Kept, dtype: Any) -> None:
+    """A warning, with the reason and the room that it takes, for quantised layers that are no
+    experts and do not stay as they are."""
+    checkpoint, keys = opened.checkpoint, list(kept.plain)
+    if kept.losses:
+        warnings.warn(
+            f"Not all layers that are no experts are kept as they are: {'; '.join(kept.losses)}. "
+            'dense="plain" makes them plain.',
+            stacklevel=3,
+        )
     if keys:
         weights = sum(math.prod(checkpoint.shape(key)) for key in keys)
         before = sum(checkpoint.nbytes(key) for key in keys)
+        why = Counter(kept.plain.values()).most_common()
+        reasons = "; ".join(f"{count} because: {reason}" for reason, count in why)
         warnings.warn(
             f"{len(keys)} quantised layers that are no experts ({keys[0]} ...) are made plain in "
             f"{str(dtype).removeprefix('torch.')}: {weights * dtype.itemsize / 2**30:.2f} GiB "
-            f"instead of {before / 2**30:.2f}. Experts stay quantised.",
+            f"instead of {before / 2**30:.2f} ({reasons}). Experts stay quantised.",
             stacklevel=3,
         )

@@ -16,6 +16,7 @@ from ..loading import DTYPES, ExpertsLayout
 from ..memory import UNLIMITED
 from ..plan import Plan, make_plan
 from ..spec import ModelSpec
+from ..spec.model import LayerSpec, Stored, shapes_bytes
 from .config import ExpertsConfig
 from .layers import layer_number
 from .state import Promised
@@ -35,16 +36,21 @@ def make_promises(
     dtype: torch.dtype,
     folder: Path | None = None,
     native: Mapping[str, str] | None = None,
+    saved: Mapping[int, tuple[str, int]] | None = None,
 ) -> tuple[Plan, tuple[Promised, ...]]:
     """The plan, and for every experts module its device and format.
 
     model_config  what config.json holds
     native        the format that each module's experts have in a quantised checkpoint; they keep it
                   unless the user names one. The plan counts the widest for all of them.
+    saved         of a checkpoint with quantised layers that are no experts: layer -> the format
+                  that they keep, and what that saves of the bytes of plain ones
     folder        the checkpoint's, whose headers give exact bytes; already checked by the caller
     Raises PlanError, RuleError, SpecError or DeviceError if the request cannot be obeyed here.
     """
     spec = _spec(model_config, folder)
+    if saved is not None:
+        spec = _with_saved(spec, format_of(dtype), saved)
     own = native if native and "format" not in config.given else {}
     widest = max(own.values(), key=_bytes, default=None)
     request, memory = config.for_dtype(format_of(dtype), widest), machine_memory()
@@ -63,6 +69,14 @@ def make_promises(
         for name, placement in place_experts(plan, numbers, runnable_formats()).items()
     }
     plan = _with_formats(plan, {numbers[name]: own[name] for name in own}, widest)
+    dense = {layer: format for layer, (format, _) in (saved or {}).items()}
+    plan = replace(
+        plan,
+        layers=tuple(
+            replace(layer, dense_format=dense.get(layer.layer, layer.dense_format))
+            for layer in plan.layers
+        ),
+    )
     promises = tuple(
         Promised(name, numbers[name], layout, placements[name]) for name, layout in layouts.items()
     )
@@ -102,6 +116,19 @@ def _with_formats(plan: Plan, own: Mapping[int, str], widest: str | None) -> Pla
         for layer in plan.layers
     )
     return replace(plan, layers=layers)
+
+
+def _with_saved(
+    spec: ModelSpec, dense_format: str, saved: Mapping[int, tuple[str, int]]
+) -> ModelSpec:
+    """The spec whose layers take what they will take once loaded, whatever the files have."""
+
+    def loaded(layer: LayerSpec) -> LayerSpec:
+        _, less = saved.get(layer.layer, ("", 0))
+        plain = shapes_bytes(layer.dense, dense_format)
+        return replace(layer, stored_dense=Stored(dense_format, plain - less))
+
+    return replace(spec, layers=tuple(map(loaded, spec.layers)))
 
 
 def _spec(model_config: Mapping[str, Any], folder: Path | None) -> ModelSpec:

@@ -29,6 +29,7 @@ from ..loading.expert import keys_of
 from ..loading.packed_folder import PackedFolder, is_packed
 from ..plan import Plan
 from .config import QUANT_METHOD, ExpertsConfig
+from .kept import fill_kept, put_empty, saved_bytes
 from .layers import find_experts, recognise
 from .module import ExpertyardExperts
 from .outside import replacement
@@ -90,6 +91,11 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
             native = _native(
                 read.checkpoint, read.sources, "format" not in self.quantization_config.given
             )
+        saved = None
+        if read.kept.layers or read.kept.plain:
+            assert read.checkpoint is not None
+            itemsize = (dtype or torch.get_default_dtype()).itemsize
+            saved = saved_bytes(read.kept, read.checkpoint, itemsize)
         plan, promises = make_promises(
             self.quantization_config,
             {**model.config.to_dict(), "quantization_config": None},
@@ -97,6 +103,7 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
             dtype or torch.get_default_dtype(),
             folder=read.folder,
             native=native,
+            saved=saved,
         )
         if read.packed is not None:
             wanted = [
@@ -111,6 +118,7 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
             parent, _, leaf = name.rpartition(".")
             instead = replacement(module, layouts[name], getattr(module, "config", model.config))
             model.get_submodule(parent)._modules[leaf] = instead
+        put_empty(model, read.kept)
         _ignore_unexpected(model, list(modules))
         self._reading = read
         self._promises, self._plan = promises, plan
@@ -139,6 +147,9 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
             assert isinstance(module, ExpertyardExperts)
             experts.after = make_policy(options.policy, experts)
             module.experts = experts
+        if read.kept.layers:
+            assert read.checkpoint is not None
+            fill_kept(model, read.kept, read.checkpoint)
         place_dense(model, plan, self._promises)
         remember(model, Promise("load", plan, self._promises, options))
         link(list(layers_of(model).values()))

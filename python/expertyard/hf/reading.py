@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..loading import Checkpoint, LayerSource
 from ..loading.packed_folder import PackedFolder
+from .kept import NOTHING_KEPT, Kept
 
 __all__ = ["Reading", "current_reading", "reading"]
 
@@ -19,6 +20,7 @@ __all__ = ["Reading", "current_reading", "reading"]
 class Reading:
     """checkpoint and sources of the experts, or packed: a folder that `expertyard pack` wrote.
 
+    kept    which quantised layers that are no experts stay quantised
     folder  whose headers say how many bytes things take; None if they do not
     """
 
@@ -26,6 +28,7 @@ class Reading:
     sources: tuple[LayerSource, ...] = ()
     packed: PackedFolder | None = None
     folder: Path | None = None
+    kept: Kept = NOTHING_KEPT
 
 
 _current: ContextVar[Reading | None] = ContextVar("expertyard_reading", default=None)

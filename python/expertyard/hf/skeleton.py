@@ -6,7 +6,7 @@ The model is a skeleton on the meta device and is thrown away; nothing is read b
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ class Opened:
     config   without a quantization_config
     method   the quantised layout's name, "" for plain numbers
     sources  of the experts; layouts of their modules
-    dense    keys of everything else that the model has; names: key -> name for transformers
+    dense    keys of everything else that the model has -> names that transformers loads
+    targets  keys that become a parameter as they are -> its name
     folder   where it lies; spec_folder the same if its headers tell the planner exact bytes
     """
 
@@ -44,6 +45,7 @@ class Opened:
     dense: Mapping[str, str]
     folder: Path
     spec_folder: Path | None
+    targets: Mapping[str, str] = field(default_factory=dict)
 
 
 def settings_of(config: Any) -> dict[str, Any] | None:
@@ -120,8 +122,8 @@ def open_folder(folder: Path, config: Any = None) -> Opened:
     for source in sources:
         check(checkpoint, source)
     return Opened(
-        config, method, checkpoint, tuple(sources), layouts, dict(zip(dense, dense, strict=True)),
-        folder, folder,
+        config, method, checkpoint, tuple(sources), layouts, {key: key for key in dense},
+        folder, folder, {key: name for key, name in dense.items() if name},
     )  # fmt: skip
 
 

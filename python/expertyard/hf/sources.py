@@ -47,8 +47,9 @@ def find_sources(
 
 def split_keys(
     model: Any, checkpoint: Checkpoint, layouts: Mapping[str, ExpertsLayout]
-) -> tuple[list[LayerSource], list[str]]:
-    """The sources of every module in `layouts`, and the keys of all other parameters and buffers.
+) -> tuple[list[LayerSource], dict[str, str]]:
+    """The sources of every module in `layouts`, and the keys of all other parameters and buffers,
+    each with the name of the one that it becomes, "" if it only becomes a part of one.
 
     Keys that the model has no place for, such as those of layers for multi-token prediction, are
     in neither.
@@ -63,7 +64,7 @@ def split_keys(
         for parameter in layout.parameter_shapes()
     }
     found: dict[str, _Keys] = defaultdict(lambda: defaultdict(list))
-    dense: list[str] = []
+    dense: dict[str, str] = {}
     state_dict = model.state_dict()
     for key in sorted(checkpoint.keys, key=dot_natural_key):
         target, pattern = rename_source_key(
@@ -74,7 +75,7 @@ def split_keys(
         if target in expected:
             found[target][pattern].append(key)
         elif target in state_dict:
-            dense.append(key)
+            dense[key] = target if pattern is None else ""
 
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     if shared := sorted(target for target in expected if target in tied):

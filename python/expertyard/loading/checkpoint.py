@@ -23,6 +23,12 @@ __all__ = ["FLOATS", "Checkpoint", "Matrix", "Stored"]
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FORMATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
+_TORCH = {
+    "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16,
+    "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32,
+    "I64": torch.int64, "F64": torch.float64,
+}  # fmt: skip
+
 Matrix: TypeAlias = torch.Tensor | QuantizedMatrix
 
 
@@ -56,6 +62,7 @@ class Checkpoint:
         self._hidden: dict[str, TensorInfo] = {}  # parts of quantised weights
         self._stored: dict[str, Stored] = {}
         self._readers: dict[Path, Any] = {}
+        self._maps: dict[Path, torch.Tensor] = {}
         for path in dict.fromkeys(map(Path, files)):
             if path.suffix != ".safetensors":
                 raise LoadError(
@@ -151,10 +158,21 @@ class Checkpoint:
     def raw(self, key: str) -> torch.Tensor:
         """One tensor of the files, as it is there."""
         info = self._tensors.get(key) or self._hidden[key]
-        if info.file not in self._readers:
-            self._readers[info.file] = safe_open(str(info.file), framework="pt")
-        tensor: torch.Tensor = self._readers[info.file].get_tensor(key)
-        return tensor
+        dtype = _TORCH.get(info.dtype)
+        if dtype is None or info.begin % dtype.itemsize:
+            if info.file not in self._readers:
+                self._readers[info.file] = safe_open(str(info.file), framework="pt")
+            tensor: torch.Tensor = self._readers[info.file].get_tensor(key)
+            return tensor
+        # safetensors' own way touches a page of every tensor, and a disk that reads ahead by
+        # megabytes then reads them all
+        if info.file not in self._maps:
+            size = info.file.stat().st_size
+            self._maps[info.file] = torch.from_file(
+                str(info.file), shared=False, size=size, dtype=torch.uint8
+            )
+        octets = self._maps[info.file][info.begin : info.begin + info.nbytes]
+        return octets.view(dtype).view(info.shape)
 
     def matrix(self, key: str, expert: int | None = None) -> Matrix:
         """A weight of two dimensions, or one expert's of three, in the best form there is."""

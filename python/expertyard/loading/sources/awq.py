@@ -14,7 +14,16 @@ from ...errors import LoadError
 from ...formats import get_format
 from ...quantize import QuantizedMatrix
 from ..checkpoint import Checkpoint, Matrix, Stored
-from .common import KINDS, checked_scales, expect, group_format, native_group, spread, unpack
+from .common import (
+    KINDS,
+    checked_scales,
+    expect,
+    group_format,
+    native_group,
+    spread,
+    unpack,
+    unpack_inputs,
+)
 from .gptq import group_size
 
 __all__ = ["claim"]
@@ -60,7 +69,7 @@ def _stored(checkpoint: Checkpoint, name: str, settings: Mapping[str, Any]) -> S
     format = "int8-g32" if native is None else group_format(4, native, asymmetric)
 
     def read(expert: int | None) -> Matrix:
-        codes = _ordered(unpack(checkpoint.raw(qweight), 4)).T.contiguous()
+        codes = unpack_inputs(checkpoint.raw(qweight), awq=True)
         scale = checked_scales(checkpoint, scales).T
         zeros = _ordered(unpack(checkpoint.raw(qzeros), 4)).T if asymmetric else None
         if native is None:

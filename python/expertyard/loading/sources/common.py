@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...errors import LoadError
 from ...formats import get_format
+from ...native import _C
 from ..checkpoint import FLOATS, Checkpoint
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "native_group",
     "spread",
     "unpack",
+    "unpack_inputs",
 ]
 
 KINDS = tuple(FLOATS)
@@ -68,6 +70,16 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     torch.bitwise_and(octets, 15, out=out[..., 0])
     torch.bitwise_right_shift(octets, 4, out=out[..., 1])
     return out.flatten(-2)
+
+
+def unpack_inputs(words: Tensor, awq: bool) -> Tensor:
+    """GPTQ's and AWQ's qweight of 4 bits -> codes [out, in]."""
+    words = words.contiguous()
+    inputs, outputs = words.shape
+    inputs, outputs = (inputs, outputs * 8) if awq else (inputs * 8, outputs)
+    codes = torch.empty((outputs, inputs), dtype=torch.uint8)
+    _C.decode_words(awq, words.data_ptr(), inputs, outputs, codes.data_ptr())
+    return codes
 
 
 def native_group(group: int, columns: int) -> int | None:

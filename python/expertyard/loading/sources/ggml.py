@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...formats import get_format
+from ...native import _C
 from ...quantize import QuantizedMatrix
 from ..checkpoint import Matrix
 
@@ -39,9 +40,13 @@ def _nibbles(octets: Tensor) -> Tensor:
     return torch.cat((octets & 15, octets >> 4), dim=-1)
 
 
-def _fifth_bits(words: Tensor) -> Tensor:
-    """[..., 4] bytes -> [..., 32] bits, the lowest of the first byte first."""
-    return ((words[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(-2)
+def _decoded(kind: str, blocks: Tensor, weights: int, dtype: torch.dtype) -> Tensor:
+    """csrc/decode.h: codes, or the weights themselves."""
+    blocks = blocks.contiguous()
+    rows, count, _ = blocks.shape
+    out = torch.empty((rows, count * weights), dtype=dtype)
+    _C.decode_ggml(kind, blocks.data_ptr(), rows * count, out.data_ptr())
+    return out
 
 
 def q8_0(blocks: Tensor) -> Matrix:
@@ -50,8 +55,8 @@ def q8_0(blocks: Tensor) -> Matrix:
 
 
 def q5_0(blocks: Tensor) -> Matrix:
-    codes = _nibbles(blocks[..., 6:]) | (_fifth_bits(blocks[..., 2:6]) << 4)
-    return QuantizedMatrix(get_format("int8-g32"), (codes + 112).flatten(-2), _half(blocks, 0))
+    codes = _decoded("q5_0", blocks, 32, torch.uint8)
+    return QuantizedMatrix(get_format("int8-g32"), codes, _half(blocks, 0))
 
 
 def q4_0(blocks: Tensor) -> Matrix:
@@ -75,9 +80,7 @@ def q4_1(blocks: Tensor) -> Matrix:
 
 
 def q5_1(blocks: Tensor) -> Tensor:
-    codes = _nibbles(blocks[..., 8:]) | (_fifth_bits(blocks[..., 4:8]) << 4)
-    scale, minimum = _half(blocks, 0).float(), _half(blocks, 2).float()
-    return (scale[..., None] * codes + minimum[..., None]).flatten(-2)
+    return _decoded("q5_1", blocks, 32, torch.float32)
 
 
 def _six_bit_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,11 +89,6 @@ def _six_bit_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.cat((first & 63, (third & 15) | ((first >> 6) << 4)), dim=-1)
     minima = torch.cat((second & 63, (third >> 4) | ((second >> 6) << 4)), dim=-1)
     return scales, minima
-
-
-def _q4_codes(octets: Tensor) -> Tensor:
-    """128 bytes -> 256 codes: each 32 bytes hold one group of 32 low, the next one high."""
-    return _nibbles(octets.unflatten(-1, (4, 32))).flatten(-2)
 
 
 def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,28 +100,15 @@ def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def q4_k(blocks: Tensor) -> Matrix:
-    return _asymmetric(_q4_codes(blocks[..., 16:]).flatten(-2), *_k_scales(blocks))
+    return _asymmetric(_decoded("q4_k", blocks, 256, torch.uint8), *_k_scales(blocks))
 
 
 def q5_k(blocks: Tensor) -> Tensor:
-    high = blocks[..., 16:48]
-    fifth = torch.stack([(high >> bit) & 1 for bit in range(8)], dim=-2).flatten(-2)
-    codes = (_q4_codes(blocks[..., 48:]) | (fifth << 4)).flatten(-2).unflatten(-1, (-1, 32))
-    scale, minimum = _k_scales(blocks)
-    weights: Tensor = (scale[..., None] * codes - minimum[..., None]).flatten(-2)
-    return weights
+    return _decoded("q5_k", blocks, 256, torch.float32)
 
 
 def q6_k(blocks: Tensor) -> Tensor:
-    low = blocks[..., :128].unflatten(-1, (2, 2, 32))  # halves of 128 weights, two runs of 32
-    high = blocks[..., 128:192].unflatten(-1, (2, 32))
-    quarters = [
-        (low[..., i % 2, :] >> (4 * (i // 2)) & 15) | ((high >> (2 * i) & 3) << 4) for i in range(4)
-    ]
-    codes = torch.stack(quarters, dim=-2).flatten(-3).float() - 32
-    steps = blocks[..., 192:208].view(torch.int8).float() * _half(blocks, 208).float()[..., None]
-    weights: Tensor = (codes.unflatten(-1, (16, 16)) * steps[..., None]).flatten(-3)
-    return weights
+    return _decoded("q6_k", blocks, 256, torch.float32)
 
 
 def _asymmetric(codes: Tensor, scale: Tensor, minimum: Tensor) -> QuantizedMatrix:

@@ -16,7 +16,16 @@ from ...errors import LoadError
 from ...formats import get_format
 from ...quantize import QuantizedMatrix
 from ..checkpoint import Checkpoint, Matrix, Stored
-from .common import KINDS, checked_scales, expect, group_format, native_group, spread, unpack
+from .common import (
+    KINDS,
+    checked_scales,
+    expect,
+    group_format,
+    native_group,
+    spread,
+    unpack,
+    unpack_inputs,
+)
 
 __all__ = ["claim", "looks_like"]
 
@@ -70,7 +79,8 @@ def _stored(checkpoint: Checkpoint, name: str, settings: Mapping[str, Any]) -> S
     added = 0 if settings.get("checkpoint_format", "gptq") == "gptq_v2" else 1
 
     def read(expert: int | None) -> Matrix:
-        codes = unpack(checkpoint.raw(qweight).T, bits)
+        words = checkpoint.raw(qweight)
+        codes = unpack_inputs(words, awq=False) if bits == 4 else unpack(words.T, bits)
         scale = checked_scales(checkpoint, scales).T
         zeros = unpack(checkpoint.raw(qzeros), bits).T.to(torch.int32) + added
         groups_of = checkpoint.raw(order).long() if order in parts else None
@@ -84,7 +94,8 @@ def _stored(checkpoint: Checkpoint, name: str, settings: Mapping[str, Any]) -> S
             index = regular if groups_of is None else groups_of
             if bool(((index < 0) | (index >= groups)).any()):
                 raise LoadError(f"{checkpoint.where(order)}: names a group that is not there.")
-            return scale[:, index].float() * (codes.float() - zeros[:, index])
+            wide = codes.float().sub_(zeros.float().contiguous().index_select(1, index))
+            return wide.mul_(scale.float().contiguous().index_select(1, index))
         if symmetric and not bool((zeros == half).all()):
             raise LoadError(
                 f"{checkpoint.where(qzeros)}: expected {half} everywhere, since config.json says "

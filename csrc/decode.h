@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// Codes and numbers out of what checkpoints pack: the part of reading GGUF, GPTQ and AWQ that costs
+// time. What the layouts are: python/expertyard/loading/sources/.
+#pragma once
+
+#include <cstdint>
+
+#include "status.h"
+
+namespace ey {
+
+// A run of GGUF blocks. q5_0 and q4_k: one code a byte (q5_0: as int8 has them, integer + 128);
+// q5_1, q5_k and q6_k: the weights in fp32. Fails for other kinds.
+Status decode_ggml(const char* kind, const uint8_t* blocks, int64_t count, void* out);
+
+// GPTQ, 4 bits: words [inputs / 8, outputs] -> codes [outputs, inputs].
+void decode_gptq(const uint32_t* words, int64_t inputs, int64_t outputs, uint8_t* codes);
+
+// AWQ "gemm", 4 bits: words [inputs, outputs / 8] -> codes [outputs, inputs].
+void decode_awq(const uint32_t* words, int64_t inputs, int64_t outputs, uint8_t* codes);
+
+}  // namespace ey
