@@ -22,9 +22,8 @@ using ey::handoff::Desk;
 namespace {
 
 std::map<int64_t, std::shared_ptr<ey::ExpertSetEntry>> sets;
-std::atomic<int> sleep_ms{0};
-std::atomic<bool> fails{false};
-const ey::cpu::Kernel kernel{.isa = "fake"};
+std::atomic<bool> fails{false}, stuck{false};
+const ey::cpu::Kernel kernel{};
 
 }  // namespace
 
@@ -40,7 +39,7 @@ Status select_kernel(Format, Layout, Mode, DType, const cpu::Kernel** out) {
 }
 namespace cpu {
 Status moe_experts(const Kernel&, const MoeArgs& a, int) {
-  std::this_thread::sleep_for(std::chrono::milliseconds(sleep_ms.load()));
+  while (stuck) std::this_thread::sleep_for(std::chrono::milliseconds(5));
   if (fails) return failure("topk_ids: something is wrong");
   for (int64_t t = 0; t < a.num_tokens; ++t) {
     for (int64_t h = 0; h < a.set->hidden_size; ++h) {
@@ -192,18 +191,16 @@ TEST(a_worker_that_is_stuck_is_a_time_out) {
   add_set(1, 10);
   for (const bool host_functions : {false, true}) {
     const auto desk = make_desk(0.05, host_functions);
-    sleep_ms = 1500;
-    const auto begin = std::chrono::steady_clock::now();
+    stuck = true;  // until all of the following has returned
     Call call(1, 1);
     CHECK(call.run(*desk).ok);
     CHECK(call.is_nan());
     Call next(1, 2);
     check_says(next.run(*desk), "the CPU's part of a layer did not finish within 0.05 s");
-    CHECK(std::chrono::steady_clock::now() - begin < std::chrono::milliseconds(1400));
-    sleep_ms = 0;
-    Call refused(1, 3);  // the late answer is still being written
+    Call refused(1, 3);  // the late answer is still to be written
     CHECK(refused.run(*desk).ok);
     CHECK(refused.is_nan());
+    stuck = false;
     while (desk->asked()) std::this_thread::sleep_for(std::chrono::milliseconds(5));
     check_says(desk->check(true), "before its last question had been answered and collected");
     works(*desk, 1, 4);
