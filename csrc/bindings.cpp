@@ -17,6 +17,7 @@
 #include "cuda/cuda.h"
 #include "decode.h"
 #include "expert_sets.h"
+#include "handoff/away.h"
 #include "handoff/desk.h"
 #include "handoff/lane.h"
 #include "handoff/spans.h"
@@ -363,12 +364,32 @@ int64_t add_desk(int device, int64_t num_tokens, int64_t hidden_size, int64_t to
                                         .timeout_ns = static_cast<int64_t>(timeout * 1e9),
                                         .host_functions = host_functions},
                                        &desk));
-  return ey::handoff::add_desk(std::move(desk));
+  return ey::handoff::desks().add(std::move(desk));
+}
+
+// For the parts of calls of one shape that another GPU computes, in one CUDA graph.
+int64_t add_away(int home, int there, int64_t num_tokens, int64_t hidden_size, int64_t top_k,
+                 const std::string& hidden_dtype, const std::string& weights_dtype,
+                 bool ids_are_int64) {
+  const ey::cuda::BranchShape shape = {.num_tokens = num_tokens,
+                                       .hidden_size = hidden_size,
+                                       .top_k = top_k,
+                                       .hidden_dtype = parse_dtype(hidden_dtype),
+                                       .weights_dtype = parse_dtype(weights_dtype),
+                                       .ids_are_int64 = ids_are_int64};
+  return ey::handoff::aways().add(std::make_unique<ey::handoff::Away>(home, there, shape));
+}
+
+// Which graph the stream (a cudaStream_t) is captured into; 0: none.
+uint64_t capture_id(int device, uintptr_t stream) {
+  uint64_t id = 0;
+  throw_unless(ey::cuda::capture_id(device, reinterpret_cast<void*>(stream), &id));
+  return id;
 }
 
 // Raises what went wrong with an earlier question.
 void check_desk(int64_t handle) {
-  const auto desk = ey::handoff::find_desk(handle);
+  const auto desk = ey::handoff::desks().find(handle);
   if (desk == nullptr) throw py::value_error(std::to_string(handle) + " is not a live handle");
   const py::gil_scoped_release others_may_run;
   throw_unless(desk->check(true));
@@ -457,7 +478,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("top_k"), py::arg("hidden_dtype"), py::arg("threads"), py::arg("timeout"),
         py::arg("host_functions"));
   m.def("check_desk", &check_desk, py::arg("desk"));
-  m.def("remove_desk", &ey::handoff::remove_desk, py::arg("desk"));
+  m.def("remove_desk", [](int64_t desk) { ey::handoff::desks().remove(desk); }, py::arg("desk"));
+  m.def("add_away", &add_away, py::arg("home"), py::arg("there"), py::arg("num_tokens"),
+        py::arg("hidden_size"), py::arg("top_k"), py::arg("hidden_dtype"), py::arg("weights_dtype"),
+        py::arg("ids_are_int64"));
+  m.def("remove_away", [](int64_t away) { ey::handoff::aways().remove(away); }, py::arg("away"));
+  m.def("capture_id", &capture_id, py::arg("device"), py::arg("stream"));
   m.def("limit_caller", &ey::cpu::limit_caller, py::arg("threads"));
   m.def("check_experts", &check_experts, py::arg("handle"));
   m.def("experts_info", &experts_info, py::arg("handle"));

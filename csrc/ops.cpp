@@ -11,8 +11,9 @@
 //                         memory, each on the lane of its number (virtual GPUs); -1: the caller
 //   expertyard::ask_cpu(..., int experts, int desk) -> Tensor      a GPU asks for the share of
 //   expertyard::collect_cpu(Tensor ticket, Tensor share, int desk) -> Tensor     experts in RAM,
-//   and
-//                         adds it to its own share; between the two its own experts run
+//                         and adds it to its own share; between the two its own experts run
+//   expertyard::send_away(..., int experts, int away) -> Tensor     the same of experts on another
+//   expertyard::collect_away(Tensor arrived, int away) -> ()        GPU, in a CUDA graph
 //   expertyard::linear(Tensor input, Tensor weight, int out_features, int packing, int group_size)
 //                         -> Tensor   a layer of packed weights that is no expert (cpu/linear.h)
 //
@@ -39,6 +40,7 @@
 #include "cpu/threads.h"
 #include "cuda/cuda.h"
 #include "expert_sets.h"
+#include "handoff/away.h"
 #include "handoff/desk.h"
 #include "handoff/lane.h"
 #include "handoff/spans.h"
@@ -327,7 +329,7 @@ Tensor run_on_cuda(Call call) {
 }
 
 std::shared_ptr<ey::handoff::Desk> live_desk(int64_t handle) {
-  auto desk = ey::handoff::find_desk(handle);
+  auto desk = ey::handoff::desks().find(handle);
   EY_CHECK(desk != nullptr, "desk: ", handle, " is not a live handle");
   return desk;
 }
@@ -378,6 +380,48 @@ Tensor collect_cpu_cuda(const Tensor& ticket, const Tensor& share, int64_t desk)
       out.mutable_data_ptr(), shape.hidden_dtype, current_cuda_stream(found->box().device));
   EY_CHECK(done.ok, done.what);
   return out;
+}
+
+std::shared_ptr<ey::handoff::Away> live_away(int64_t handle) {
+  auto away = ey::handoff::aways().find(handle);
+  EY_CHECK(away != nullptr, "away: ", handle, " is not a live handle");
+  return away;
+}
+
+// Queues the question; returns where the share arrives, [num_tokens, hidden_size] float32, which is
+// there after collect_away. All tensors must live until then, so none may need a copy.
+Tensor send_away_cuda(const Tensor& hidden_states, const Tensor& topk_ids,
+                      const Tensor& topk_weights, int64_t experts, int64_t away) {
+  const auto found = live_away(away);
+  const ey::cuda::BranchShape& shape = found->shape();
+  EY_CHECK(
+      hidden_states.is_contiguous() && topk_ids.is_contiguous() && topk_weights.is_contiguous(),
+      "hidden_states, topk_ids and topk_weights: expected contiguous tensors");
+  const torch::stable::accelerator::DeviceGuard guard(found->home());
+  Tensor arrived = torch::stable::new_empty(
+      hidden_states, {hidden_states.size(0), hidden_states.size(1)}, ScalarType::Float);
+  const Call call = check(hidden_states, topk_ids, topk_weights, experts, &arrived);
+  EY_CHECK(call.entry->device == found->there(),
+           "experts: expected experts on cuda:", found->there(), ", got cuda:", call.entry->device);
+  EY_CHECK(hidden_states.get_device_index() == found->home() &&
+               call.args.num_tokens == shape.num_tokens &&
+               call.args.set->hidden_size == shape.hidden_size && call.args.top_k == shape.top_k &&
+               call.args.hidden_dtype == shape.hidden_dtype &&
+               call.args.weights_dtype == shape.weights_dtype &&
+               call.args.ids_are_int64 == shape.ids_are_int64,
+           "away: expected calls of the shape that it was made for");
+  const ey::Status done = found->send(call.args, static_cast<float*>(arrived.mutable_data_ptr()),
+                                      current_cuda_stream(found->home()));
+  EY_CHECK(done.ok, done.what);
+  call.entry->last_isa.store(ey::cuda::kernel_isa(call.args), std::memory_order_relaxed);
+  call.entry->calls.fetch_add(1, std::memory_order_relaxed);
+  return arrived;
+}
+
+void collect_away_cuda(const Tensor&, int64_t away) {
+  const auto found = live_away(away);
+  const ey::Status done = found->collect(current_cuda_stream(found->home()));
+  EY_CHECK(done.ok, done.what);
 }
 
 Tensor moe_experts_cpu(const Tensor& hidden_states, const Tensor& topk_ids,
@@ -459,6 +503,11 @@ STABLE_TORCH_LIBRARY(expertyard, m) {
   m.def(
       "linear(Tensor input, Tensor weight, int out_features, int packing, int group_size) -> "
       "Tensor");
+  m.def(
+      "send_away(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, int experts, int "
+      "away) "
+      "-> Tensor");
+  m.def("collect_away(Tensor(a!) arrived, int away) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(expertyard, CPU, m) {
@@ -473,4 +522,6 @@ STABLE_TORCH_LIBRARY_IMPL(expertyard, CUDA, m) {
   m.impl("moe_experts_into", TORCH_BOX(&moe_experts_into_cuda));
   m.impl("ask_cpu", TORCH_BOX(&ask_cpu_cuda));
   m.impl("collect_cpu", TORCH_BOX(&collect_cpu_cuda));
+  m.impl("send_away", TORCH_BOX(&send_away_cuda));
+  m.impl("collect_away", TORCH_BOX(&collect_away_cuda));
 }

@@ -222,6 +222,9 @@ def test_virtual_gpus_are_explained_traced_and_recorded(
     _, alone, _ = run(capfd, *SHORT, "--temperature", "0")
     lines = [text[text.index("The function") :].splitlines()[0] for text in (out, alone)]
     assert lines[0] == lines[1], "the text of a single device"
+    assert re.search(
+        r"trace: .* \(\d+ events, CPU and GPUs together for \d+% of the shorter\)", out
+    )
     events = json.loads(trace.read_text())["traceEvents"]
     assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"cpu", "cuda:0", "cuda:1"}
     code, out, _ = run(

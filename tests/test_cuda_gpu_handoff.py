@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 import expertyard as ey
-from expertyard.dispatch import LayerExperts, PartPlan, Placement, RunOptions, spread
+from expertyard.dispatch import (
+    LayerExperts,
+    PartPlan,
+    Placement,
+    Prefill,
+    RunOptions,
+    spread,
+    streaming,
+)
 from expertyard.errors import DeviceError, KernelError
 from expertyard.reference import moe_experts_reference
 
@@ -162,6 +170,84 @@ def test_a_cpu_that_is_too_slow_is_a_time_out() -> None:
         assert out.isnan().all()
         with pytest.raises(DeviceError, match="did not finish within 1e-06 s"):
             experts.check()
+
+
+TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+ON_TWO_GPUS = [
+    {"cuda:0": (0, 2), "cuda:1": (1, 5), "cpu": (3, 4, 6, 7)},
+    {"cuda:0": (0, 2, 3, 4), "cuda:1": (1, 5, 6, 7)},
+    {"cuda:1": tuple(range(8))},
+]
+
+
+@TWO
+@pytest.mark.parametrize("split", ON_TWO_GPUS, ids=["with the CPU", "two GPUs", "the other GPU"])
+@pytest.mark.parametrize("ids_type", [torch.int32, torch.int64])
+def test_replays_with_a_part_on_another_gpu(split: Any, ids_type: torch.dtype) -> None:
+    """Two layers in a graph, that share their buffers."""
+    first, second = weights(0), weights(1)
+    a, b = layer(first, split), layer(second, split)
+    b.desks = a.desks
+    x, ids, topk_weights = inputs(5, ids_type)
+    with torch.inference_mode():
+        assert_right(
+            b(a(x, ids, topk_weights), ids, topk_weights),
+            (a(x, ids, topk_weights), ids, topk_weights),
+            second,
+        )  # outside graphs
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            middle = a(x, ids, topk_weights)
+            out = b(middle, ids, topk_weights)
+        for _ in range(50):
+            refill(x, ids, topk_weights)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert_right(middle, (x, ids, topk_weights), first)
+            assert_right(out, (middle, ids, topk_weights), second)
+    a.check()
+
+
+@TWO
+def test_two_graphs_with_parts_on_another_gpu_may_run_at_once() -> None:
+    w = weights()
+    experts = layer(w, ON_TWO_GPUS[1])
+    calls = [inputs(4), inputs(4)]
+    graphs, outs = [], []
+    with torch.inference_mode():
+        experts(*calls[0])
+        torch.cuda.synchronize()
+        for call in calls:
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1]):
+                outs.append(experts(*call))
+        streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+        for _ in range(50):
+            for graph, stream in zip(graphs, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+        torch.cuda.synchronize()
+    for call, out in zip(calls, outs, strict=True):
+        assert_right(out, call, w)
+
+
+@pytest.mark.parametrize("experts_at_once", [1, 3, 8])
+def test_weights_that_are_brought_for_a_call(
+    experts_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = weights()
+    experts = layer(w, {"cpu": tuple(range(8))})
+    size = experts.parts[0].packed.expert_bytes(0)
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", experts_at_once * size)
+    experts.parts[0].prefill = Prefill("cuda:0", "cuda", "test")
+    experts.parts[0].stream_from = 8
+    experts._arrange()
+    for _ in range(20):
+        call = inputs(64)
+        with torch.inference_mode():
+            out = experts(*call)
+        assert_right(out, call, w)
 
 
 def test_what_cannot_be_captured_is_a_sentence() -> None:

@@ -20,16 +20,19 @@ from expertyard.dispatch import (
     Placement,
     Prefill,
     RunOptions,
+    Tracer,
     build,
     copies,
     crossover,
     lanes,
     measure,
     spread,
+    streaming,
     tracing,
 )
+from expertyard.dispatch import layer as layer_module
 from expertyard.dispatch.explain import explain
-from expertyard.errors import DeviceError, KernelError, PlanError
+from expertyard.errors import ConfigError, DeviceError, KernelError, PlanError
 from expertyard.native import _C
 from expertyard.packing import ExpertPacker
 from expertyard.testing import calc_diff, random_problem
@@ -182,13 +185,13 @@ def test_a_stuck_device_of_a_prefill_is_a_time_out(monkeypatch):
     p = problem(8)
     experts = layer(p.pack(), {"cpu": tuple(range(8))}, prefill=prefill, prefill_tokens=8,
                     timeout=0.2)  # fmt: skip
-    hangs, real = threading.Event(), copies.multiply
+    hangs, real = threading.Event(), streaming.multiply
 
     def slow(*arguments):
         hangs.wait(10)
         return real(*arguments)
 
-    monkeypatch.setattr(copies, "multiply", slow)
+    monkeypatch.setattr(streaming, "multiply", slow)
     with pytest.raises(DeviceError, match=r"cuda:1: its part of layer 3 did not finish within 0.2"):
         run(experts, p)
     with pytest.raises(DeviceError, match="cuda:1: still busy with its part of layer 3"):
@@ -244,6 +247,18 @@ def test_gpu_and_cpu_work_at_the_same_time(tmp_path):
     assert max(overlap) > 0
 
 
+def test_a_trace_says_how_long_cpu_and_gpus_work_together():
+    tracer = Tracer()
+    for device, begin, end in (
+        ("cpu", 0, 10), ("cuda:0", 5, 15), ("cuda:1", 6, 8), ("cpu", 14, 18), ("cuda:1", 40, 60),
+    ):  # fmt: skip
+        tracer.add("x", device, tracer.began + begin * 1000, tracer.began + end * 1000)
+    assert tracer.together() == pytest.approx((5 + 1) / 14)
+    alone = Tracer()
+    alone.add("x", "cpu", alone.began, alone.began + 5)
+    assert alone.together() is None
+
+
 def test_nothing_runs_when_nothing_is_asked():
     """All lanes live, and after a few milliseconds none of them uses the CPU."""
     p = problem(50)
@@ -266,14 +281,14 @@ def test_nothing_runs_when_nothing_is_asked():
 )  # fmt: skip
 def test_a_rules_prefill_is_obeyed_by_the_number_of_tokens(prefill, monkeypatch):
     seen = []
-    real = copies.multiply
+    real = streaming.multiply
 
     def watch(packed, op, *inputs):
         seen.append((op, packed))
         return real(packed, op, *inputs)
 
-    monkeypatch.setattr(copies, "multiply", watch)  # what stream() calls; decoding does not
-    monkeypatch.setattr(copies, "CHUNK_BYTES", 1)  # an expert at a time
+    monkeypatch.setattr(streaming, "multiply", watch)  # what stream() calls; decoding does not
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", 1)  # an expert at a time
     few = problem(7)
     many = dataclasses.replace(problem(8), gate_up=few.gate_up, down=few.down)
     packed = few.pack()
@@ -281,11 +296,220 @@ def test_a_rules_prefill_is_obeyed_by_the_number_of_tokens(prefill, monkeypatch)
     assert calc_diff(run(experts, few), few.reference()) < 2e-6
     assert not seen
     assert calc_diff(run(experts, many), many.reference()) < 2e-6
-    assert len(seen) == 8 and {op for op, _ in seen} == {prefill.op}
+    assert {op for op, _ in seen} == {prefill.op}
+    assert len(seen) == (1 if prefill.device == "cpu" else 8), "on the CPU they are there already"
     for _, one in seen:
         gate = one.expert(one.here()[0])[0]
-        assert virtual.marked(gate) == prefill.device
+        assert (virtual.marked(gate) or "cpu") == prefill.device
     assert f"brought to {prefill.device}" in explain({3: experts})[0]
+
+
+PREFILL = Prefill("cuda:1", "cuda", "r:1")
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "int4-g32"])
+@pytest.mark.parametrize("experts_at_once", [1, 3, 8])
+def test_weights_that_are_brought_in_chunks_add_up(format, experts_at_once, monkeypatch):
+    p = problem(40, "bf16" if format != "fp32" else "fp32", bias=True, interleaved=format == "fp32")
+    packed = p.pack()
+    if format == "int4-g32":
+        packer = ExpertPacker(8, 72, 40, format, has_bias=True)
+        for e in range(8):
+            gate, up, down, *biases = packed.expert(e)
+            packer.put(e, gate, up, down, **dict(zip(BIASES, biases, strict=True)))
+        packed = packer.finish()
+    p.topk_ids[0, 0], p.topk_ids[1, 1] = -1, 8
+    size = streaming._size(packed, 0)
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", experts_at_once * size)
+    used = virtual.gpu("cuda:1").used
+    out = streaming.stream(packed, "cuda:1", "cuda", p.hidden_states, p.topk_ids, p.topk_weights)
+    expected = copies.multiply(packed, "cpu", p.hidden_states, p.topk_ids, p.topk_weights)
+    assert calc_diff(out, expected) < 2e-6  # the order of float32 sums
+    assert virtual.gpu("cuda:1").used == used, "their memory is given back"
+
+
+BIASES = "gate_bias", "up_bias", "down_bias"
+
+
+def test_a_wrong_id_is_found_in_chunks_too(monkeypatch):
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", 1)
+    p = problem(8)
+    p.topk_ids[2, 2] = 9
+    with pytest.raises(KernelError, match=r"topk_ids\[2, 2\] is 9"):
+        run(layer(p.pack(), {"cpu": tuple(range(8))}, prefill=PREFILL, prefill_tokens=8), p)
+
+
+def test_the_next_chunk_is_on_its_way_while_one_is_computed(monkeypatch):
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", 1)
+    begun, real_copy, real = [], streaming._Link.bring, streaming.multiply
+    changed = threading.Condition()
+
+    def copy(link, number):
+        with changed:
+            begun.append(number)
+            changed.notify_all()
+        real_copy(link, number)
+
+    def multiply(*arguments):
+        done.append(None)
+        with changed:
+            wanted = min(len(done), 7)  # chunk `len(done)` comes during arithmetic len(done) - 1
+            assert changed.wait_for(lambda: wanted in begun, timeout=20)
+            assert max(begun) <= wanted, "two areas hold two chunks"
+        return real(*arguments)
+
+    done = []
+    monkeypatch.setattr(streaming._Link, "bring", copy)
+    monkeypatch.setattr(streaming, "multiply", multiply)
+    p = problem(40)
+    out = streaming.stream(p.pack(), "cuda:1", "cuda", p.hidden_states, p.topk_ids, p.topk_weights)
+    assert calc_diff(out, p.reference()) < 2e-6 and len(done) == 8
+
+
+@pytest.mark.parametrize("forgotten", ["wait", "used"])
+def test_chunks_out_of_order_are_noticed(forgotten, monkeypatch):
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(streaming._VirtualLink, forgotten, lambda link, number: None)
+    real = streaming._Link.bring
+    monkeypatch.setattr(streaming._Link, "bring", lambda *a: (time.sleep(0.05), real(*a))[1])
+    p = problem(40)
+    inputs = p.hidden_states, p.topk_ids, p.topk_weights
+    if forgotten == "used":
+        with pytest.raises(DeviceError, match=r"chunk 2 of weights .* came too early"):
+            streaming.stream(p.pack(), "cuda:1", "cuda", *inputs)
+    else:
+        assert streaming.stream(p.pack(), "cuda:1", "cuda", *inputs).isnan().any()
+
+
+class FakeCuda:
+    """Streams and events that write down what is queued, on tensors of the CPU."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.inside = [], "current"
+        empty = torch.empty
+        monkeypatch.setattr(
+            torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k).fill_(255)
+        )
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(self, "copies"))
+        monkeypatch.setattr(
+            torch.cuda, "current_stream", lambda device=None: FakeStream(self, "current")
+        )
+        monkeypatch.setattr(torch.cuda, "Event", lambda: FakeEvent(self))
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+        monkeypatch.setattr(streaming, "torch_device", lambda name: torch.device("cpu"))
+        monkeypatch.setattr(streaming, "_streams", {})
+        monkeypatch.setattr(streaming.virtual, "gpu", lambda name: None)
+
+
+class FakeStream:
+    def __init__(self, cuda, name):
+        self.cuda, self.name = cuda, name
+
+    def wait_stream(self, other):
+        self.cuda.log.append((self.name, "waits for", other.name))
+
+    def wait_event(self, event):
+        assert event.on is not None, "an event that nobody has recorded orders nothing"
+        self.cuda.log.append((self.name, "waits for", event.on))
+
+    def __enter__(self):
+        self.cuda.inside = self.name
+
+    def __exit__(self, *_):
+        self.cuda.log.append((self.cuda.inside, "copied"))
+        self.cuda.inside = "current"
+
+
+class FakeEvent:
+    def __init__(self, cuda):
+        self.cuda, self.on = cuda, None
+
+    def record(self, stream):
+        self.on = (stream.name, sum(e == (stream.name, "marks") for e in self.cuda.log))
+        self.cuda.log.append((stream.name, "marks"))
+
+    def synchronize(self):
+        self.cuda.log.append(("host", "waits for", self.on))
+
+
+def test_on_a_gpu_events_keep_the_order_of_chunks(monkeypatch):
+    """Not on a card: what is queued where, and after what."""
+    p = problem(40)
+    packed, expected = p.pack(), p.reference()
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", 2 * streaming._size(packed, 0))
+    cuda = FakeCuda(monkeypatch)
+    real = streaming.multiply
+    monkeypatch.setattr(
+        streaming, "multiply", lambda *a: (cuda.log.append(("current", "computes")), real(*a))[1]
+    )
+    out = streaming.stream(packed, "cuda:0", "cuda", p.hidden_states, p.topk_ids, p.topk_weights)
+    assert calc_diff(out, expected) < 2e-6
+    log = cuda.log
+    copies_ = [i for i, e in enumerate(log) if e == ("copies", "copied")]
+    computes = [i for i, e in enumerate(log) if e == ("current", "computes")]
+    assert len(copies_) == len(computes) == 4
+    assert log[0] == ("copies", "waits for", "current") and log[-1][:2] == ("current", "waits for")
+    for chunk in range(4):
+        before = log[: computes[chunk]]
+        assert ("current", "waits for", ("copies", chunk)) in before, "its weights are there"
+        if chunk + 1 < 4:
+            assert copies_[chunk + 1] < computes[chunk], "the next one is queued before"
+        if chunk >= 2:
+            before = log[: copies_[chunk]]
+            assert ("copies", "waits for", ("current", chunk - 2)) in before, "the area is free"
+            assert ("host", "waits for", ("copies", chunk - 2)) in before, "and the staging area"
+
+
+class FakeDesks:
+    """What a GPU asks of others, written down and computed at once."""
+
+    def __init__(self):
+        self.log = []
+
+    def ask(self, hidden, ids, weights, experts, options):
+        self.log.append("CPU asked")
+        share = copies.multiply(experts, "cpu", hidden, ids, weights)
+        return FakeAsked(self, lambda own: (share if own is None else share + own).bfloat16())
+
+    def send(self, hidden, ids, weights, experts):
+        self.log.append("GPU asked")
+        share = copies.multiply(experts, "cuda", hidden, ids, weights)
+        return FakeAsked(self, lambda: share)
+
+
+class FakeAsked:
+    def __init__(self, desks, answer):
+        self.desks, self.answer = desks, answer
+
+    def collect(self, *own):
+        self.desks.log.append("collected")
+        return self.answer(*own)
+
+
+@pytest.mark.parametrize(
+    ("split", "order"),
+    [
+        (SPLIT, ["CPU asked", "GPU asked", "own", "collected", "collected"]),
+        ({"cpu": (0, 1), "cuda:0": (2, 3, 4, 5, 6, 7)}, ["CPU asked", "own", "collected"]),
+        ({"cuda:1": (0, 1), "cuda:0": (2, 3, 4, 5, 6, 7)}, ["GPU asked", "own", "collected"]),
+        ({"cuda:1": (0, 1), "cuda:2": (2, 3, 4, 5, 6, 7)}, ["GPU asked"] * 2 + ["collected"] * 2),
+        ({"cpu": tuple(range(8))}, ["CPU asked", "collected"]),
+    ],
+)
+def test_in_a_graph_others_are_asked_before_the_gpus_own_experts_run(split, order, monkeypatch):
+    monkeypatch.delenv(virtual.COUNT)
+    p = problem(6, "bf16", torch.bfloat16)
+    packed = p.pack()
+    parts = [PartPlan(i, d, "bf16", d.partition(":")[0], "test") for d, i in split.items()]
+    made = [packed.holding({e: packed.expert(e) for e in part.ids}) for part in parts]
+    experts = LayerExperts(Placement("cuda:0", tuple(parts)), made, layer=3)
+    experts.desks = desks = FakeDesks()
+    real = layer_module._work
+    monkeypatch.setattr(layer_module, "_work", lambda *a: (desks.log.append("own"), real(*a))[1])
+    with torch.inference_mode():
+        out = experts._ask_cpu(p.hidden_states, p.topk_ids, p.topk_weights)
+    assert out.dtype == torch.bfloat16 and calc_diff(out, p.reference()) < 3.5e-3
+    assert desks.log == order
 
 
 def test_the_crossover_is_measured_once_and_kept(tmp_path, monkeypatch):
@@ -310,8 +534,14 @@ def test_the_crossover_is_measured_once_and_kept(tmp_path, monkeypatch):
     assert "from 5 tokens a call their weights are brought to cuda:0" in explain({0: again})[0]
     p = dataclasses.replace(problem(5), gate_up=problem().gate_up, down=problem().down)
     assert calc_diff(run(again, p), p.reference()) < 2e-6
-    file.write_text("{ not json")
-    assert "rule of thumb" in explain({0: made()})[0]
+    for foreign in ("{ not json", "[1, 2]", '{"a": {"tokens": true}}', '{"a": 5}', "\0\xff"):
+        file.write_text(foreign)
+        crossover._said.clear()
+        with pytest.warns(UserWarning, match="Delete the file, or name another one"):
+            assert "rule of thumb" in explain({0: made()})[0]
+        with pytest.raises(ConfigError, match=r"deep/crossovers.json: expected .* Delete the file"):
+            measure(experts)
+        assert file.read_text() == foreign, "what is not ours is not overwritten"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hand-off between GPU and CPU: its kernels under the emulator of tests/cuda_emulator, against
-a real thread on the host's side; and with a bug planted in them they do not pass."""
+a real thread on the host's side; that between two GPUs, with streams that run in any order that
+events allow. With a bug planted in them they do not pass."""
 
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ FLAGS = (
     *("-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"),
     '-DEXPERTYARD_CUDA_ARCHS="80-real"',
 )
+AWAY = ("handoff/away.cpp", "cuda/device.cu")
 SOURCES = ("handoff/lane.cpp", "handoff/signal.cpp", "cpu/threads.cpp", "cuda/device.cu")
 
 pytestmark = pytest.mark.skipif(GXX is None, reason="g++ is not installed")
@@ -69,6 +71,23 @@ BUGS = {
         "i < bytes; i += int64_t(threads) * 2", "i < bytes - 2; i += int64_t(threads) * 2",
         "every_shape"
     ),
+}  # fmt: skip
+BRANCH_BUGS = {
+    "the other GPU does not wait for the question": (
+        "error = cudaStreamWaitEvent(aside, static_cast<cudaEvent_t>(b.sent), 0);", ""
+    ),
+    "nobody waits for the other GPU": (
+        "static_cast<cudaEvent_t>(b.done), 0);", "static_cast<cudaEvent_t>(b.sent), 0);"
+    ),
+    "the other GPU does not say that it is done": (
+        "error = cudaEventRecord(static_cast<cudaEvent_t>(b.done), aside);", ""
+    ),
+    "ids are taken for narrow ones": (
+        "error = copy(b.topk_ids, args.topk_ids, pairs * (s.ids_are_int64 ? 8 : 4));",
+        "error = copy(b.topk_ids, args.topk_ids, pairs * 4);",
+    ),
+    "the other GPU reads our memory": ("there.topk_weights = b.topk_weights;", ""),
+    "a branch's memory stays": ("cudaFree(memory);", "(void)memory;"),
 }  # fmt: skip
 
 
@@ -131,3 +150,55 @@ def test_a_planted_bug_is_found(bug: str, others: list[Path], tmp_path: Path) ->
         except subprocess.TimeoutExpired:
             continue  # it hangs: that is noticed too
         assert done.returncode != 0, f"seed {seed} does not notice: {bug}"
+
+
+@pytest.fixture(scope="module")
+def away(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("away")
+    sources = [*(CSRC / name for name in AWAY), EMULATOR / "branch_test.cpp"]
+    return [compile_file(source, folder / f"{source.name}.o") for source in sources]
+
+
+def branch_program(away: list[Path], folder: Path, change: tuple[str, str] | None = None) -> Path:
+    text = (CSRC / "cuda/branch.cu").read_text()
+    if change is not None:
+        assert text.count(change[0]) == 1, f"branch.cu has {change[0]!r} {text.count(change[0])} x"
+        text = text.replace(*change)
+    (folder / "branch.cu").write_text(text)
+    made = compile_file(folder / "branch.cu", folder / "branch.o")
+    done = run([str(GXX), "-pthread", str(made), *map(str, away), "-o", str(folder / "it")], 60)
+    assert done.returncode == 0, done.stderr
+    return folder / "it"
+
+
+def test_parts_on_another_gpu(away: list[Path], tmp_path: Path) -> None:
+    made = branch_program(away, tmp_path)
+    for seed in map(str, range(10)):
+        done = run([str(made), "--seed", seed], 120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert " 0 failures" in done.stdout
+
+
+@pytest.mark.parametrize("bug", BRANCH_BUGS)
+def test_a_bug_planted_between_two_gpus_is_found(
+    bug: str, away: list[Path], tmp_path: Path
+) -> None:
+    made = branch_program(away, tmp_path, BRANCH_BUGS[bug])
+    assert run([str(made), "--seed", "0"], 60).returncode != 0, f"nobody notices: {bug}"
+
+
+def test_the_cpus_end_of_a_hand_off(others: list[Path], tmp_path: Path) -> None:
+    own = [
+        compile_file(source, tmp_path / f"{source.name}.o")
+        for source in (
+            CSRC / "cuda/handoff.cu", CSRC / "handoff/desk.cpp", EMULATOR / "desk_test.cpp"
+        )
+    ]  # fmt: skip
+    shared = [made for made in others if made.name != "handoff_test.cpp.o"]
+    made = tmp_path / "program"
+    done = run([str(GXX), "-pthread", *map(str, [*own, *shared]), "-o", str(made)], 60)
+    assert done.returncode == 0, done.stderr
+    for seed in ("0", "1"):
+        done = run([str(made), "--seed", seed], 120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert " 0 failures" in done.stdout

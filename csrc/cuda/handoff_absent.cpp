@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// handoff.h in a build without CUDA.
+// handoff.h and branch.h in a build without CUDA.
+#include "branch.h"
 #include "handoff.h"
 
 namespace ey::cuda {
@@ -21,5 +22,10 @@ Status call_host_aside(const Box&, void (*)(void*), void*, void*) { return absen
 Status join_host(const Box&, void*) { return absent(); }
 BoxReport take_report(const Box&) { return BoxReport::kNone; }
 Status revive(const Box&) { return absent(); }
+
+Status make_branch(int, int, const BranchShape&, int64_t, Branch*) { return absent(); }
+void free_branch(Branch*) {}
+Status send(const Branch&, const MoeArgs&, float*, void*) { return absent(); }
+Status collect(const Branch&, void*) { return absent(); }
 
 }  // namespace ey::cuda

@@ -2,7 +2,6 @@
 #include "desk.h"
 
 #include <algorithm>
-#include <map>
 
 #include "../cpu/experts.h"
 #include "../cpu/threads.h"
@@ -123,7 +122,7 @@ Status Desk::check(bool may_wait) {
       break;
   }
   const std::lock_guard<std::mutex> lock(mutex_);
-  return failure("%s (in a part of a layer that cuda:%d asked the CPU for; the result is NaN)",
+  return failure("%.380s (in a part of a layer that cuda:%d asked the CPU for; the result is NaN)",
                  error_.what, box_.device);
 }
 
@@ -168,34 +167,9 @@ Status Desk::compute() {
   return done;
 }
 
-namespace {
-
-// Never destroyed: as expert sets.
-std::mutex& desks_mutex = *new std::mutex;
-std::map<int64_t, std::shared_ptr<Desk>>& desks = *new std::map<int64_t, std::shared_ptr<Desk>>;
-int64_t next_desk = 1;
-
-}  // namespace
-
-int64_t add_desk(std::unique_ptr<Desk> desk) {
-  const std::lock_guard<std::mutex> lock(desks_mutex);
-  desks[next_desk] = std::move(desk);
-  return next_desk++;
-}
-
-std::shared_ptr<Desk> find_desk(int64_t handle) {
-  const std::lock_guard<std::mutex> lock(desks_mutex);
-  const auto found = desks.find(handle);
-  return found == desks.end() ? nullptr : found->second;
-}
-
-void remove_desk(int64_t handle) {
-  std::shared_ptr<Desk> last;  // freed without the lock
-  const std::lock_guard<std::mutex> lock(desks_mutex);
-  const auto found = desks.find(handle);
-  if (found == desks.end()) return;
-  last = std::move(found->second);
-  desks.erase(found);
+Handles<Desk>& desks() {
+  static Handles<Desk>& all = *new Handles<Desk>;
+  return all;
 }
 
 }  // namespace ey::handoff

@@ -14,6 +14,7 @@
 #include <mutex>
 
 #include "../cuda/handoff.h"
+#include "handles.h"
 #include "lane.h"
 
 namespace ey::handoff {
@@ -65,8 +66,6 @@ class Desk : public Mailbox {
   bool must_join_ = false;
 };
 
-int64_t add_desk(std::unique_ptr<Desk> desk);
-std::shared_ptr<Desk> find_desk(int64_t handle);  // null: there is none
-void remove_desk(int64_t handle);
+Handles<Desk>& desks();  // never destroyed: as expert sets
 
 }  // namespace ey::handoff

@@ -120,6 +120,32 @@ def collect_cpu(ticket: Tensor, share: Tensor, desk: int) -> Tensor:
     return out
 
 
+def send_away(
+    hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: PackedExperts, away: int
+) -> Tensor:
+    """Queues a question of one GPU to another: the share of experts that are there.
+
+    away  of _C.add_away, for calls of this shape in one CUDA graph
+    Arguments are contiguous, and stay what they are until collect_away() has been called with what
+    this returns: where the share will be, [num_tokens, hidden_size] float32.
+    """
+    try:
+        arrived: Tensor = torch.ops.expertyard.send_away(
+            hidden_states, topk_ids, topk_weights, experts.handle, away
+        )
+    except RuntimeError as error:
+        raise _translated(error) from None
+    return arrived
+
+
+def collect_away(arrived: Tensor, away: int) -> None:
+    """What is queued after this finds the share."""
+    try:
+        torch.ops.expertyard.collect_away(arrived, away)
+    except RuntimeError as error:
+        raise _translated(error) from None
+
+
 def _translated(error: RuntimeError) -> RuntimeError | KernelError | DeviceError:
     """Our own sentence out of an error of the operator; anything else as it is."""
     if isinstance(error, KernelError) or _MARK not in str(error):

@@ -1,38 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The words of csrc/cuda/handoff_ptx.cuh for g++, and the runtime functions of handoff.cu. The host
 // side is a real thread: a kernel that waits for it sleeps in real time, and is not taken for one
-// that hangs. Streams do not exist: what is queued has run when the call returns.
+// that hangs.
 #pragma once
 
 #include <atomic>
 #include <chrono>
 #include <thread>
 
-#include "simt.h"
-
-using cudaEvent_t = void*;
-using cudaHostFn_t = void (*)(void*);
-inline constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
-
-inline cudaError_t cudaMemset(void* to, int byte, size_t bytes) {
-  std::memset(to, byte, bytes);
-  return cudaSuccess;
-}
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  return emu::allocate(stream, 1);
-}
-inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return emu::release(stream); }
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  return emu::allocate(event, 1);
-}
-inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return emu::release(event); }
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
-inline cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t function, void* data) {
-  function(data);
-  return cudaSuccess;
-}
+#include "streams_emulator.h"
 
 namespace ey::cuda::ptx {
 

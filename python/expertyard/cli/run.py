@@ -170,7 +170,9 @@ def watched(model: Any, args: argparse.Namespace) -> Iterator[None]:
         yield
     if tracer is not None:
         tracer.save(args.trace)
-        print(f"trace: {args.trace} ({len(tracer.to_json()['traceEvents'])} events)")
+        share = tracer.together()
+        both = "" if share is None else f", CPU and GPUs together for {share:.0%} of the shorter"
+        print(f"trace: {args.trace} ({len(tracer.to_json()['traceEvents'])} events{both})")
     if record is not None:
         record.save(args.record)
         print(f"record: {args.record} ({len(record.tokens())} tokens)")
@@ -404,6 +406,9 @@ def compare(model: Any, folder: Path, prompt_ids: Any, args: Any) -> None:
             f"{free / 2**30:.1f} GiB are free."
         )
     theirs = load_model(folder, args.verbose, experts_implementation="eager")
+    where, why = their_device(model, size)
+    if where != "cpu":
+        theirs.to(where)
     rows = measure(
         model,
         theirs,
@@ -414,3 +419,33 @@ def compare(model: Any, folder: Path, prompt_ids: Any, args: Any) -> None:
     )
     print()
     Console(width=None if sys.stdout.isatty() else 120).print(to_table(rows), highlight=False)
+    if why:
+        print(why)
+
+
+def their_device(model: Any, size: int) -> tuple[str, str]:
+    """(where transformers' model of `size` bytes is to run, what is unequal about that if anything)
+
+    One GPU if all of ours is there and there is room for both, else the CPU.
+    """
+    import torch
+
+    from expertyard import virtual
+    from expertyard.hf import layers_of
+    from expertyard.hf.state import promise_of
+
+    promise = promise_of(model)
+    layers = layers_of(model).values()
+    homes = [] if promise is None or promise.plan is None else promise.plan.layers
+    devices = {layer.device for layer in homes} | {p.device for x in layers for p in x.parts}
+    ours = ", ".join(sorted(devices))
+    if devices == {"cpu"} or not devices:
+        return "cpu", ""
+    why = "it is not spread over devices"
+    if len(devices) == 1 and virtual.gpu(ours) is None:
+        if torch.cuda.mem_get_info(ours)[0] > size + (1 << 30):
+            return ours, ""
+        why = f"{ours} has no room for it beside ours"
+    return "cpu", (
+        f"Not like with like: transformers' model ran on the CPU alone ({why}), ours on {ours}."
+    )

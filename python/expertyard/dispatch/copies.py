@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of experts from device to device: for good (a split layer, a move) or for one call."""
+"""Copies from device to device: of experts, for good (a split layer, a move), and of a call's
+tensors. Experts that come for one call: streaming.py."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,9 +14,7 @@ from ..ops import moe_experts_into
 from ..reference import apply_activation
 from ..weights import Expert, PackedExperts
 
-__all__ = ["CHUNK_BYTES", "copy_expert", "multiply", "spread", "stream"]
-
-CHUNK_BYTES = 512 << 20  # of experts that one call brings to a device at a time
+__all__ = ["bring", "copy_expert", "multiply", "spread"]
 
 
 def copy_expert(
@@ -69,28 +68,6 @@ def spread(
             experts[expert] = tensors if stays else copy_expert(tensors, device)
         found.append(packed.holding(experts))
     return found
-
-
-def stream(
-    packed: PackedExperts, device: str, op: str, hidden: Tensor, ids: Tensor, weights: Tensor
-) -> Tensor:
-    """What these experts add, computed on `device`, to which their weights come for this call.
-
-    hidden, ids and weights are there; so is the result, [num_tokens, hidden_size] float32.
-    """
-    named = set(ids.unique().tolist())
-    wanted = [expert for expert in packed.here() if expert in named]
-    total = hidden.new_zeros(hidden.shape, dtype=torch.float32)
-    while wanted:
-        size = 0
-        chunk: dict[int, Expert] = {}
-        while wanted and (not chunk or size + packed.expert_bytes(wanted[0]) <= CHUNK_BYTES):
-            expert = wanted.pop(0)
-            size += packed.expert_bytes(expert)
-            chunk[expert] = copy_expert(packed.expert(expert) or (), device)
-        total += multiply(packed.holding(chunk), op, hidden, ids, weights)
-        del chunk  # before the next one comes
-    return total
 
 
 def multiply(

@@ -6,13 +6,15 @@ thumb, from assumed speeds:
 
     tokens = bytes of the experts / kLink * kArithmetic / (6 * top_k * H * I)
 
-the calls that last as long on the CPU (its arithmetic alone) as the weights are on their way.
+the calls that last as long on the CPU (its arithmetic alone) as the weights are on their way. The
+GPU's arithmetic is hidden behind the copies (streaming.py), and far shorter.
 """
 
 import json
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,10 +28,11 @@ from .. import virtual
 from ..devices import torch_device
 from ..errors import ConfigError
 from ..weights import PackedExperts
-from .copies import bring, multiply, stream
+from .copies import bring, multiply
 from .lanes import submit
 from .layer import LayerExperts, Part
 from .placement import Prefill, split_rank
+from .streaming import stream
 
 __all__ = ["Crossover", "choose", "measure", "path"]
 
@@ -77,7 +80,7 @@ def choose(layer: LayerExperts) -> None:
 def known(packed: PackedExperts, gpu: str) -> Crossover:
     """What is in the file, else the rule of thumb."""
     entry = _read().get(_key(packed, gpu))
-    if isinstance(entry, dict) and isinstance(entry.get("tokens"), int | None):
+    if entry is not None:
         return Crossover(entry["tokens"], True)
     flops = 6 * TOP_K * packed.hidden_size * packed.intermediate_size
     if virtual.gpu(gpu) is not None:
@@ -89,7 +92,7 @@ def measure(layer: LayerExperts) -> list[tuple[Part, Crossover]]:
     """Measures the crossover of the layer's CPU parts, keeps it in the file, and uses it.
 
     Runs calls of up to 4096 tokens on both devices; seconds for a large layer. Raises ConfigError
-    if the file cannot be written.
+    if the file cannot be written, or is not such a file.
     """
     found = []
     home = split_rank(layer.home)[1]
@@ -160,18 +163,47 @@ def _key(packed: PackedExperts, gpu: str) -> str:
 
 
 def _read() -> dict[str, Any]:
+    """The entries; none where there is no file yet. With a warning where it is not ours."""
     try:
-        data = json.loads(path().read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not measured yet, or not ours: as if not measured
+        return _parse(path())
+    except OSError:
         return {}
-    return data if isinstance(data, dict) else {}
+    except ConfigError as error:
+        if str(error) not in _said:
+            _said.add(str(error))
+            warnings.warn(f"{error} Until then the rule of thumb holds.", stacklevel=2)
+        return {}
+
+
+_said: set[str] = set()
+
+
+def _parse(file: Path) -> dict[str, Any]:
+    """Raises OSError, and ConfigError for a file that _write() has not made."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        problem = "" if isinstance(data, dict) else "an object"
+        for entry in data.values() if not problem else ():
+            tokens = entry.get("tokens", 0) if isinstance(entry, dict) else 0
+            if tokens is not None and (type(tokens) is not int or tokens < 1):
+                problem = "of each entry a number of tokens, or null,"
+    except ValueError:  # not JSON, or not text
+        problem = "JSON"
+    if problem:
+        raise ConfigError(
+            f"{file}: expected {problem} as `expertyard run --measure` writes it. Delete the file, "
+            f"or name another one with {FILE}."
+        )
+    found: dict[str, Any] = data
+    return found
 
 
 def _write(key: str, entry: dict[str, Any]) -> None:
     file = path()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        whole = {**_read(), key: entry}
+        before = _parse(file) if file.exists() else {}  # what is not ours is not overwritten
+        whole = {**before, key: entry}
         new = file.with_name(f"{file.name}.{os.getpid()}")
         new.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         new.replace(file)  # two processes that measure do not see half a file

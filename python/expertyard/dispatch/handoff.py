@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a real GPU asks the CPU for its part of a layer: buffers in pinned memory, one set for each
-GPU and shape of call, shared by the layers of one model and by nobody else.
+"""How a real GPU asks others for their parts of a layer, with buffers that the layers of one model
+share and nobody else does. The CPU: in pinned memory, one set for each GPU and shape of call; in
+CUDA graphs other GPUs too: one set for each graph.
 
-The kernels and the lane that answers are native (csrc/cuda/handoff.h, csrc/handoff/desk.h).
+The kernels and the lane that answers are native (csrc/cuda/handoff.h, csrc/handoff/desk.h,
+csrc/handoff/away.h).
 """
 
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from ..errors import DeviceError, KernelError
 from ..native import _C
-from ..ops import ask_cpu, collect_cpu
+from ..ops import ask_cpu, collect_away, collect_cpu, send_away
 from ..weights import PackedExperts
 from .options import RunOptions
 
@@ -25,6 +27,7 @@ class Desks:
 
     def __init__(self) -> None:
         self._desks: dict[tuple[Any, ...], int] = {}
+        self._aways: dict[tuple[Any, ...], int] = {}
 
     def ask(
         self,
@@ -38,6 +41,12 @@ class Desks:
         with an earlier one, or there is no pinned memory."""
         desk = self._desk(hidden, ids.shape[1], options)
         return Asked(desk, ask_cpu(hidden, ids, weights, experts, desk))
+
+    def send(self, hidden: Tensor, ids: Tensor, weights: Tensor, experts: PackedExperts) -> "Sent":
+        """Queues the question to the GPU that has `experts`. Only while a graph is captured."""
+        inputs = hidden.contiguous(), ids.contiguous(), weights.contiguous()
+        away = self._away(*inputs, experts.device)
+        return Sent(away, inputs, send_away(*inputs, experts, away))
 
     def check(self) -> None:
         """Raises what went wrong with a question of a graph; call torch.cuda.synchronize() before
@@ -53,7 +62,7 @@ class Desks:
 
     def _desk(self, hidden: Tensor, top_k: int, options: RunOptions) -> int:
         by_host = options.handoff == "host"
-        dtype = str(hidden.dtype).removeprefix("torch.")
+        dtype = _name(hidden.dtype)
         key = (hidden.device, *hidden.shape, top_k, dtype, by_host, options.timeout)
         desk = self._desks.get(key)
         if desk is None:
@@ -69,7 +78,22 @@ class Desks:
             self._desks[key] = desk
         return desk
 
+    def _away(self, hidden: Tensor, ids: Tensor, weights: Tensor, there: torch.device) -> int:
+        home = hidden.device.index
+        stream = torch.cuda.current_stream(hidden.device).cuda_stream
+        # torch's memory of a graph is on one device; what the other one needs is the graph's own
+        graph = _C.capture_id(home, stream)
+        num_tokens, hidden_size = hidden.shape
+        shape = num_tokens, hidden_size, ids.shape[1]
+        dtypes = _name(hidden.dtype), _name(weights.dtype), ids.dtype == torch.int64
+        key = (graph, home, there.index, shape, dtypes)
+        if key not in self._aways:
+            self._aways[key] = _C.add_away(home, there.index, *shape, *dtypes)
+        return self._aways[key]
+
     def __del__(self) -> None:
+        for away in self.__dict__.pop("_aways", {}).values():
+            _C.remove_away(away)
         for desk in self.__dict__.pop("_desks", {}).values():
             _C.remove_desk(desk)
 
@@ -89,3 +113,20 @@ class Asked:
         if share is None:
             share = self._ticket.new_empty(0, dtype=torch.float32)
         return collect_cpu(self._ticket, share, self._desk)
+
+
+class Sent:
+    """A question to another GPU that is under way."""
+
+    def __init__(self, away: int, inputs: tuple[Tensor, ...], arrived: Tensor) -> None:
+        self._away, self._arrived = away, arrived
+        self._inputs = inputs  # the other GPU copies them when it comes to it
+
+    def collect(self) -> Tensor:
+        """That GPU's share, float32, for what is queued from now on."""
+        collect_away(self._arrived, self._away)
+        return self._arrived
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

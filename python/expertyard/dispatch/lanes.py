@@ -54,6 +54,11 @@ class Ticket:
             raise self._error
         return self._result
 
+    def join(self, seconds: float) -> None:
+        """Waits until the job has run, whatever came of it."""
+        if self._done.acquire(timeout=seconds):
+            self._done.release()
+
 
 class _Lane:
     def __init__(self, name: str) -> None:

@@ -15,6 +15,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ from ..native import _C
 from ..ops import moe_experts, moe_parts, refuse_backward
 from ..weights import Expert, PackedExperts
 from . import trace
-from .copies import bring, copy_expert, multiply, stream
+from .copies import bring, copy_expert, multiply
 from .handoff import Desks
 from .lanes import Ticket, submit
 from .options import RunOptions
 from .placement import PartPlan, Placement, Prefill, split_rank
+from .streaming import stream
 
 __all__ = ["LayerExperts", "Part", "layer_of"]
 
@@ -113,20 +115,24 @@ class LayerExperts:
         self._order = sorted(self.parts, key=lambda part: not part.is_cpu)
         self._together = _Together(p for p in self._order if p.is_ours_here)
         self._are_together = len(self._together.parts) == len(self.parts) > 0
-        self._asked = self._cpu_and_home()
+        self._asked = self._capturable()
         self._stream_from = min(
             (p.stream_from for p in self.parts if p.stream_from is not None), default=1 << 62
         )
 
-    def _cpu_and_home(self) -> tuple[Part, Part | None] | None:
-        """(the CPU's part, the part at home), if there is a CPU part and nothing else but these,
-        and our kernels run both."""
+    def _capturable(self) -> "_Asked | None":
+        """The parts as a GPU asks for them; None: plain PyTorch is among them, or two of a device
+        (which have two formats), or there is none."""
         cpu = [part for part in self.parts if part.is_cpu]
-        rest = [part for part in self.parts if not part.is_cpu]
+        home = [part for part in self.parts if self._is_home(part)]
+        away = [part for part in self.parts if part not in cpu and part not in home]
         ours = all(part.op != "torch" and not part.is_virtual for part in self.parts)
-        if len(cpu) != 1 or len(rest) > 1 or not ours or not all(map(self._is_home, rest)):
+        devices = {part.device for part in self.parts}
+        if not self.parts or not ours or self._home_device == "cpu":
             return None
-        return cpu[0], rest[0] if rest else None
+        if len(devices) < len(self.parts) or self.group is not None:
+            return None
+        return _Asked(cpu[0] if cpu else None, home[0] if home else None, away)
 
     def _is_home(self, part: Part) -> bool:
         return part.local == self._home_device
@@ -174,6 +180,8 @@ class LayerExperts:
             plain = self._plain
             late, self._late = self._late, None
             chosen = topk_ids
+            if hidden_states.device.type == "cuda" and (late is not None or self.options.defer):
+                self._refuse_capture(hidden_states.shape[0])
             if self.options.defer and self.next is not None:
                 topk_ids = self._defer(self.next, hidden_states, topk_ids, topk_weights)
             if (
@@ -226,22 +234,29 @@ class LayerExperts:
         self, hidden: Tensor, ids: Tensor, weights: Tensor, late: Ticket | None = None
     ) -> Tensor:
         rounds = late is None and self.group is None  # nothing is added to the parts' sum
-        while True:
-            try:
-                total = (
-                    self._sum(hidden, ids, weights, rounds)
-                    if self.group is None
-                    else self.group.run(self, self._sum, hidden, ids, weights)
-                )
-                break
-            except _NoRoomError as error:
-                self._make_room(error)
+        if self.group is not None and hidden.device.type == "cuda":
+            self._refuse_capture(hidden.shape[0])
+        total = (
+            self._sum_with_room(hidden, ids, weights, rounds)
+            if self.group is None
+            else self.group.run(self, self._sum_with_room, hidden, ids, weights)
+        )
         if late is not None:
             share = late.wait(self.options.timeout, "a deferred share")
             if share.shape == total.shape:  # else of a step that was broken off
                 total = total.add_(bring(share, self.home).to(total.device))
         out = total if total.dtype == hidden.dtype else total.to(hidden.dtype)
         return virtual.mark(out, self.home) if self._virtual else out
+
+    def _sum_with_room(
+        self, hidden: Tensor, ids: Tensor, weights: Tensor, may_round: bool = False
+    ) -> Tensor:
+        """_sum(), again after experts went back to the CPU where a GPU has no room for the call."""
+        while True:
+            try:
+                return self._sum(hidden, ids, weights, may_round)
+            except _NoRoomError as error:
+                self._make_room(error)
 
     def _sum(self, hidden: Tensor, ids: Tensor, weights: Tensor, may_round: bool = False) -> Tensor:
         """The parts' sum in float32, at home; in hidden's dtype where it may be and that is less
@@ -293,29 +308,43 @@ class LayerExperts:
     def _asks_cpu(self, num_tokens: int, may_round: bool) -> bool:
         """Whether the GPU asks the CPU itself: always while a CUDA graph is captured, where no
         thread of the host can wait for it."""
-        can = self._asked is not None and may_round and num_tokens < self._stream_from
+        asked = self._asked
+        can = asked is not None and may_round and num_tokens < self._stream_from
         if not torch.cuda.is_current_stream_capturing():
-            return can and self.options.handoff != "auto"
+            flagged = can and self.options.handoff != "auto"
+            return flagged and asked is not None and asked.cpu is not None and not asked.away
         if not can and any(part.local != self._home_device for part in self.parts):
-            raise DeviceError(
-                f"Layer {self.layer}: a call of {num_tokens} tokens cannot be in a CUDA graph. "
-                "Its parts may be on its own GPU and the CPU, with no plain PyTorch, no other "
-                "processes, no deferral, and no weights that are brought for the call."
-            )
+            self._refuse_capture(num_tokens)
         return can
 
+    def _refuse_capture(self, num_tokens: int) -> None:
+        """DeviceError while a CUDA graph is captured, before CUDA says it in its own words."""
+        if torch.cuda.is_current_stream_capturing():
+            raise DeviceError(
+                f"Layer {self.layer}: a call of {num_tokens} tokens cannot be in a CUDA graph. "
+                "Its parts may be on GPUs and the CPU, one format a device, with no plain PyTorch, "
+                "no other processes, no deferral, and no weights that are brought for the call."
+            )
+
     def _ask_cpu(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """The GPU asks, runs its own experts meanwhile, and adds the answer: all queued on its
-        stream. The sum, rounded once."""
+        """The GPU asks the CPU and other GPUs, runs its own experts meanwhile, and adds what comes:
+        all queued on its stream. The sum, rounded once."""
         assert self._asked is not None
-        cpu, home = self._asked
-        asked = self.desks.ask(hidden, ids, weights, cpu.packed, self.options)
+        cpu, home, away = self._asked.cpu, self._asked.home, self._asked.away
+        question = hidden, ids, weights
+        asked = None if cpu is None else self.desks.ask(*question, cpu.packed, self.options)
+        sent = [self.desks.send(*question, part.packed) for part in away]
         share = None
         if home is not None:
-            share = _work(
-                f"layer {self.layer}", home.packed, home.op, None, home.local, hidden, ids, weights
-            )
-        return asked.collect(share)
+            name = f"layer {self.layer}"
+            share = _work(name, home.packed, home.op, None, home.local, *question)
+        for one in sent:
+            arrived = one.collect()
+            share = arrived if share is None else share.add_(arrived)
+        if asked is not None:
+            return asked.collect(share)
+        assert share is not None
+        return share.to(hidden.dtype)
 
     def check(self) -> None:
         """Raises what went wrong in replays of CUDA graphs, or in earlier calls with
@@ -495,6 +524,15 @@ class LayerExperts:
 
     def __repr__(self) -> str:
         return f"LayerExperts(layer {self.layer}: {self.placement}, home {self.home})"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A layer's parts as its GPU sees them: on the CPU, its own, and on other GPUs."""
+
+    cpu: Part | None
+    home: Part | None
+    away: list[Part]
 
 
 class _Together:

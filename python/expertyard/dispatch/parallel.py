@@ -15,6 +15,7 @@ The way that moves fewer bytes is taken, call by call; all processes know enough
 Sums are in float32, in the order of ranks, so that all processes get the same bits.
 """
 
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -23,12 +24,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import DeviceError
+from ..errors import DeviceError, KernelError
 from .layer import LayerExperts
 from .options import RunOptions
 from .placement import Placement, split_rank
 
 __all__ = ["Group", "join", "ranks_of"]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
 
 
 def ranks_of(placements: list[Placement]) -> set[int]:
@@ -66,13 +71,41 @@ class Shared:
     def __init__(self, options: RunOptions) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.options = options
+        self._meet("begin to load")
         # a group of its own: its time-out is ours, and no other traffic comes in between
         self.group = dist.new_group(timeout=timedelta(seconds=options.timeout))
+        self.broken = ""  # why no call can be made any more
         self.bytes = 0
         self.ways: dict[str, int] = {}  # how often each way was taken
 
     def for_layer(self, placement: Placement) -> "Group":
         return Group(self, placement)
+
+    def loaded(self) -> None:
+        """Waits until all processes have their weights. The time that loading takes differs by
+        more than a call may take: RunOptions.timeout begins with the first call."""
+        self._meet("load its experts")
+
+    def _meet(self, what: str) -> None:
+        """All processes come here, within the time-out that the user gave to torch.distributed."""
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            raise DeviceError(
+                f"rank{self.rank} of {self.size} waited for the other processes to {what}, but one "
+                f"cannot be reached ({_first_line(error)}). It has ended, or took longer than the "
+                "timeout of init_process_group(); see what it said, and start all of them again."
+            ) from None
+
+    def leave(self, why: str, error: BaseException) -> None:
+        """After an error the processes are out of step for good. The connections are closed, so
+        that those which wait for this process notice now, and not when their time is over."""
+        self.broken = why
+        # gloo's are closed with the last reference to the group, and some are in the traceback
+        traceback.clear_frames(error.__traceback__)
+        if dist.get_backend(self.group) == "gloo":
+            group, self.group = self.group, None
+            dist.destroy_process_group(group)
 
 
 class Group:
@@ -93,7 +126,7 @@ class Group:
     def run(
         self,
         layer: LayerExperts,
-        local: Callable[[Tensor, Tensor, Tensor], Tensor],
+        local: Callable[..., Tensor],
         hidden: Tensor,
         ids: Tensor,
         weights: Tensor,
@@ -103,20 +136,37 @@ class Group:
         local  the sum over this process's experts, for any tokens
         Raises DeviceError if another process is gone, or does not answer in time.
         """
-        way = self._own_tokens if self.shared.options.tokens == "own" else self._same_tokens
-        try:
-            return way(local, hidden, ids, weights)
-        except DeviceError:
-            raise
-        except RuntimeError as error:
-            if "expertyard" in str(error):
+        shared = self.shared
+        if shared.broken:
+            raise DeviceError(shared.broken)
+        failed: list[BaseException] = []
+
+        def own(*inputs: Tensor) -> Tensor:
+            try:
+                return local(*inputs)
+            except BaseException as error:
+                failed.append(error)
                 raise
-            first = str(error).partition("\n")[0]
-            raise DeviceError(
+
+        way = self._own_tokens if shared.options.tokens == "own" else self._same_tokens
+        try:
+            return way(own, hidden, ids, weights)
+        except BaseException as error:
+            if failed:
+                if not isinstance(error, KernelError):  # wrong inputs: all processes say the same
+                    why = f"{error} (Earlier; since then the processes are out of step.)"
+                    shared.leave(why, error)
+                raise
+            if not isinstance(error, RuntimeError):
+                raise
+            sentence = (
                 f"Layer {layer.layer}: rank{self.rank} of {self.size} cannot reach another process "
-                f"({first}). It has ended, hangs, or runs another model; start all of them again. "
-                f"The time-out is {self.shared.options.timeout:g} s: ExpertsConfig(timeout=...)."
-            ) from None
+                f"({_first_line(error)}). It has ended, hangs, or runs another model; start all of "
+                f"them again. The time-out is {shared.options.timeout:g} s: "
+                "ExpertsConfig(timeout=...)."
+            )
+            shared.leave(sentence, error)
+            raise DeviceError(sentence) from None
 
     def _owners(self, ids: Tensor) -> Tensor:
         """[num_tokens, size] bool: which processes have experts of a token."""
@@ -127,7 +177,7 @@ class Group:
 
     def _same_tokens(
         self,
-        local: Callable[[Tensor, Tensor, Tensor], Tensor],
+        local: Callable[..., Tensor],
         hidden: Tensor,
         ids: Tensor,
         weights: Tensor,
@@ -172,7 +222,7 @@ class Group:
 
     def _own_tokens(
         self,
-        local: Callable[[Tensor, Tensor, Tensor], Tensor],
+        local: Callable[..., Tensor],
         hidden: Tensor,
         ids: Tensor,
         weights: Tensor,
@@ -208,7 +258,7 @@ class Group:
 
     def _all_to_all(
         self,
-        local: Callable[[Tensor, Tensor, Tensor], Tensor],
+        local: Callable[..., Tensor],
         hidden: Tensor,
         ids: Tensor,
         weights: Tensor,
@@ -235,7 +285,7 @@ class Group:
 
     def _gather(
         self,
-        local: Callable[[Tensor, Tensor, Tensor], Tensor],
+        local: Callable[..., Tensor],
         hidden: Tensor,
         ids: Tensor,
         weights: Tensor,

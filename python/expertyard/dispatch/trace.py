@@ -76,12 +76,53 @@ class Tracer:
             )
         return {"traceEvents": events, "displayTimeUnit": "ms"}
 
+    def together(self) -> float | None:
+        """The share of its time that the CPU or the GPUs, whichever works less, works while the
+        other one does too. None: one of them does not work at all."""
+        events = list(self.to_json()["traceEvents"])
+        names = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+        spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+        for event in events:
+            if event["ph"] == "X":
+                span = event["ts"], event["ts"] + event["dur"]
+                spans[names[event["tid"]] == "cpu"].append(span)
+        cpu, gpus = _union(spans[True]), _union(spans[False])
+        least = min(sum(end - begin for begin, end in busy) for busy in (cpu, gpus))
+        if least <= 0:
+            return None
+        both = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a, b in _neighbours(cpu, gpus))
+        return both / least
+
     def save(self, path: str | Path) -> None:
         """Writes the trace. Raises ConfigError if the file cannot be written."""
         try:
             Path(path).write_text(json.dumps(self.to_json()), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{path}: cannot be written ({error.strerror}).") from None
+
+
+def _union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same times, in order and without overlaps."""
+    found: list[tuple[float, float]] = []
+    for begin, end in sorted(spans):
+        if found and begin <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((begin, end))
+    return found
+
+
+def _neighbours(
+    a: list[tuple[float, float]], b: list[tuple[float, float]]
+) -> Iterator[tuple[tuple[float, float], tuple[float, float]]]:
+    """Pairs among which are all that overlap; both lists are in order."""
+    i = j = 0
+    while i < len(a) and j < len(b):
+        yield a[i], b[j]
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
 
 
 _active: Tracer | None = None

@@ -153,6 +153,8 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
         place_dense(model, plan, self._promises)
         remember(model, Promise("load", plan, self._promises, options))
         link(list(layers_of(model).values()))
+        if shared is not None:
+            shared.loaded()
         self._reading = None  # what is mapped is kept by the packed experts
         return model
 
