@@ -16,15 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import get_format
 from ..models import tiny_moe
 from ..models.perplexity import perplexity
 from ..modes import MODES, has_fast
 from ..native import _C
 from ..ops import moe_experts
 from ..packing import ExpertPacker
-from ..quantize import quantize
-from ..reference import moe_experts_reference, round_to_e4m3
 from ..testing import calc_diff
 from .layer import Call, Layer, make_layer
 from .measure import own_variants
@@ -77,11 +74,9 @@ def errors_of(layer: Layer, format: str) -> Errors:
     layer.forget()
 
     def error(mode: str, outliers: bool, expected: Tensor) -> float | None:
-        if mode not in modes_of(format):
+        if mode not in packed:
             return None
         call = calls[outliers]
-        if mode not in packed:  # a GPU's
-            return calc_diff(layer.reference(call, kept, round_to_e4m3), expected)
         out = packed[mode](call.hidden_states, call.topk_ids, call.topk_weights)
         return calc_diff(out, expected)
 
@@ -146,8 +141,6 @@ class Quality:
 
 def _packed_forward(module: Any, format: str, mode: str, search: bool) -> Callable[..., Tensor]:
     experts, hidden_size, intermediate_size = module.down_proj.shape
-    if mode == "fast" and not has_fast(format):
-        return _as_on_a_gpu(module, format)
     packer = ExpertPacker(experts, hidden_size, intermediate_size, format, mode=mode, search=search)
     for e in range(experts):
         gate, up = module.gate_up_proj.detach()[e].chunk(2)
@@ -156,30 +149,8 @@ def _packed_forward(module: Any, format: str, mode: str, search: bool) -> Callab
     return lambda hidden_states, ids, weights: moe_experts(hidden_states, ids, weights, packed)
 
 
-def _as_on_a_gpu(module: Any, format: str) -> Callable[..., Tensor]:
-    """What mode "fast" computes of fp8 weights, but for the order and the bits of its sums."""
-    kept = [
-        torch.stack([quantize(w, get_format(format)).dequantize(torch.float32) for w in matrices])
-        for matrices in (
-            [half for e in module.gate_up_proj.detach() for half in e.chunk(2)],
-            [*module.down_proj.detach()],
-        )
-    ]
-    gate_up = kept[0].unflatten(0, (-1, 2)).flatten(1, 2)
-
-    def forward(hidden_states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        out = moe_experts_reference(
-            hidden_states, ids, weights, gate_up, kept[1], dtype=torch.float32,
-            rounding=round_to_e4m3,
-        )  # fmt: skip
-        return out.to(hidden_states.dtype)
-
-    return forward
-
-
 def modes_of(format: str) -> tuple[str, ...]:
-    """Of CPUs and GPUs."""
-    return MODES if has_fast(format) or has_fast(format, "cuda") else ("exact",)
+    return MODES if has_fast(format) else ("exact",)
 
 
 def rooms() -> str:
@@ -318,11 +289,7 @@ dot products:
 - **int8: `fast`.** Perplexity cannot tell the two apart. But in a layer the activations' error is
   as large as the weights', and two to four times with outliers: say `mode="exact"` where int8 was
   chosen for its exactness.
-- **fp8: `exact`.** `fast` is e4m3 activations on Hopper GPUs, in long calls ([cuda.md](cuda.md)).
-  Its figures are of a reference that rounds as the kernels do, with exact sums. Perplexity barely
-  moves, but in a layer e4m3 activations cost as much as fp8 weights do: it is there for who asks
-  for it.
-- **bf16** has `exact` only.
+- **fp8, bf16** have `exact` only.
 """
 
 

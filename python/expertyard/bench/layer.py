@@ -7,7 +7,6 @@ made by copying blocks, and what any of them should give follows from the templa
 Nothing here is timed. A kernel cannot tell such weights from others: it reads each expert's own.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -182,14 +181,9 @@ class Layer:
             return Expert(*rows)
         return Expert(*(quantize(w, get_format(format)).dequantize(torch.float32) for w in rows))
 
-    def reference(
-        self, call: Call, rows: Expert, rounding: Callable[[Tensor], Tensor] = lambda x: x
-    ) -> Tensor:
-        """The call's result [T, hidden_size] in float64, for experts made of drawn_rows().
-
-        rounding  what becomes of hidden states, and of h, before they are multiplied
-        """
-        x = rounding(call.hidden_states.double())
+    def reference(self, call: Call, rows: Expert) -> Tensor:
+        """The call's result [T, hidden_size] in float64, for experts made of drawn_rows()."""
+        x = call.hidden_states.double()
         ids, weights = call.topk_ids, call.topk_weights.double()
         inner, _, hidden = self._rows()
         gate, up = (_repeated(w.double() @ x.T, inner).T for w in (rows.gate, rows.up))
@@ -201,7 +195,7 @@ class Layer:
                 if self.gate_bias is not None and self.up_bias is not None:
                     g, u = g + self.gate_bias[e].double(), u + self.up_bias[e].double()
                 slots.append(apply_activation(g, u, self.shape.activation))
-        down = _repeated(rows.down.double() @ rounding(torch.stack(slots)).T, hidden).T
+        down = _repeated(rows.down.double() @ torch.stack(slots).T, hidden).T
         out = torch.zeros_like(x)
         for slot, y in enumerate(down):
             token, k = divmod(slot, ids.shape[1])
