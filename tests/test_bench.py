@@ -22,6 +22,7 @@ from expertyard.bench.shapes import SHAPES, Shape
 from expertyard.cli import main
 from expertyard.errors import KernelError
 from expertyard.formats import get_format
+from expertyard.native import _C
 from expertyard.packing import packed_bytes
 from expertyard.reference import moe_experts_reference
 from expertyard.testing import calc_diff
@@ -33,6 +34,9 @@ ROW_KEYS = {
     *("shape", "format", "mode", "kernel", "num_tokens", "routing", "threads"),
     *("median_ms", "gbps", "gflops", "r_mem", "r_cmp", "r_roof", "peers"),
 }
+
+# oneDNN's bf16 and exact 8-bit products in torch want what such CPUs have
+VNNI = any(k["isa"] == "avx512_vnni" and k["runnable"] for k in _C.kernels())
 
 
 @pytest.fixture(scope="module", params=[SMALL, OAI], ids=["silu", "swigluoai"])
@@ -216,7 +220,10 @@ def test_a_peer_computes_the_layer_or_says_why_not(layer: Layer, name: str) -> N
         try:
             measuring.check_peer(layer, chosen, plan, measuring.make_checks(layer, plan), 2)
         except ValueError as error:
-            assert "ignores" in str(error)
+            # without VNNI torch's own 8-bit products saturate: a wrong peer is named, as here
+            assert "ignores" in str(error) or (name == "linear_dynamic" and not VNNI)
+        except RuntimeError as error:
+            assert "needs" in str(error) or "need the cpu support" in str(error)
     layer.forget()
 
 
@@ -246,7 +253,8 @@ def test_the_command_writes_json_and_a_picture(tmp_path: Any, capsys: Any) -> No
     }
     assert all(row["kernel"] in out for row in rows)
     assert all(
-        set(row["peers"]) == ({"int4pack"} if row["format"] == "int4" else {"onednn"})
+        set(row["peers"])
+        == ({"int4pack"} if row["format"] == "int4" else {"onednn"} if VNNI else set())
         for row in rows
     )
     drawn = ET.fromstring(picture.read_text())

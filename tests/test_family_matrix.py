@@ -143,7 +143,8 @@ COMPUTED = (
     "qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "solar_open", "aria_text", "gpt_oss",
     "llama4_text", "longcat_flash", "lfm2_moe", "dots3_note_text", "inkling_text",
     "minimax_m3_vl_text", "qwen4_exp_text", "qwen3_5_moe", "aria", "llama4", "qwen3_vl_moe",
-    "glm4v_moe", "deepseek_v4", "hy_v4", "hy_v4_vl", "inkling2_text", "nemotron_h", "jetmoe", "dbrx",
+    "glm4v_moe", "deepseek_v4", "hy_v4", "hy_v4_vl", "inkling2_text", "nemotron_h", "jetmoe",
+    "dbrx",
     "beam", "deepseek_ocr2", "gemma4_text", "gemma4", "mistral4", "mistral_large4", "lara_mini",
     "openai_privacy_filter", "unlimited_ocr", "zaya",
 )  # fmt: skip

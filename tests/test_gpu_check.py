@@ -384,7 +384,7 @@ for tokens, experts, top_k, hidden, inner in SHAPES:
 """
 
 
-@pytest.mark.parametrize("format", [f for f in parts.FORMATS if f != "bf16-rows"])
+@pytest.mark.parametrize("format", [f for f in parts.FORMATS if f not in ("bf16-rows", "fp8 fast")])
 def test_random_packed_weights_are_as_large_as_real_ones(format: str) -> None:
     f, hidden, inner, experts = get_format(format), 328, 72, 2
     scale = scale_type_of(f)

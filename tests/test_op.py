@@ -188,7 +188,7 @@ BAD_WEIGHTS = {
     ),
     "an activation nobody has": (
         lambda g, d: {"activation": "swish9"},
-        "expected one of silu, gelu_tanh, swigluoai, got 'swish9'",
+        "expected one of silu, .*, got 'swish9'",
     ),
     "a bias of another size": (
         lambda g, d: {"gate_up_bias": torch.zeros(6, 95)},

@@ -162,9 +162,7 @@ class PackedExperts:
 
     def _set_activation(self, activation: str, alpha: float, limit: float) -> None:
         if activation not in ACTIVATIONS:
-            raise KernelError(
-                f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-            )
+            raise _unknown(activation)
         finite = math.isfinite(limit) or activation != "softcap_silu"
         if not (limit > 0 and finite and math.isfinite(alpha) and alpha != 0):
             raise KernelError(
@@ -214,6 +212,8 @@ class PackedExperts:
                     f"{name}: expected [num_experts, rows, columns], got {list(t.shape)}"
                 )
         num_experts, rows, hidden_size = gate_up.shape
+        if activation not in ACTIVATIONS:
+            raise _unknown(activation)
         halves = 2 if has_gate(activation) else 1
         if rows % halves or down.shape != (num_experts, hidden_size, rows // halves):
             raise KernelError(
@@ -578,3 +578,7 @@ def _matching_biases(
             )
         out.append(bias.detach().to(torch.float32).contiguous())
     return out
+
+
+def _unknown(activation: str) -> KernelError:
+    return KernelError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")

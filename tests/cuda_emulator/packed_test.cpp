@@ -253,10 +253,10 @@ class Problem {
                        (shape.bias ? x.gate_bias[i] : 0),
                    u = dot(&x.up.values[i * H], in.values, &u_off) +
                        (shape.bias ? x.up_bias[i] : 0);
-      h[i] = activation(g, u);
+      h[i] = testing::activation(set, g, u);
       for (int corner = 0; corner < 4; ++corner) {
-        const double there =
-            activation(g + (corner % 2 ? g_off : -g_off), u + (corner / 2 ? u_off : -u_off));
+        const double there = testing::activation(set, g + (corner % 2 ? g_off : -g_off),
+                                                 u + (corner / 2 ? u_off : -u_off));
         off[i] = std::max(off[i], std::fabs(there - h[i]) + 1e-6 * std::fabs(h[i]));
       }
     }
