@@ -179,9 +179,10 @@ _said: set[str] = set()
 
 
 def _parse(file: Path) -> dict[str, Any]:
-    """Raises OSError, and ConfigError for a file that _write() has not made."""
+    """Raises OSError, and ConfigError for a file that _write() has not made; an empty one has nothing
+    in it, as /dev/null has."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8") or "{}")
         problem = "" if isinstance(data, dict) else "an object"
         for entry in data.values() if not problem else ():
             tokens = entry.get("tokens", 0) if isinstance(entry, dict) else 0
@@ -204,6 +205,9 @@ def _write(key: str, entry: dict[str, Any]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         before = _parse(file) if file.exists() else {}  # what is not ours is not overwritten
         whole = {**before, key: entry}
+        if file.exists() and not file.is_file():  # a device such as /dev/null is not replaced
+            file.write_text(json.dumps(whole), encoding="utf-8")
+            return
         new = file.with_name(f"{file.name}.{os.getpid()}")
         new.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         new.replace(file)  # two processes that measure do not see half a file
