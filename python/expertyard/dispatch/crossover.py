@@ -179,8 +179,10 @@ _said: set[str] = set()
 
 
 def _parse(file: Path) -> dict[str, Any]:
-    """Raises OSError, and ConfigError for a file that _write() has not made; an empty one has nothing
-    in it, as /dev/null has."""
+    """Raises OSError, and ConfigError for a file that _write() has not made.
+
+    An empty one has nothing in it, as /dev/null has.
+    """
     try:
         data = json.loads(file.read_text(encoding="utf-8") or "{}")
         problem = "" if isinstance(data, dict) else "an object"
