@@ -31,6 +31,7 @@ SMALL = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "vocab_size": 97, "moe_intermediate_size": 40, "intermediate_size": 40,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
     "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "q_lora_rank": 24,
     "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
     "max_position_embeddings": 64, "n_shared_experts": 1, "shared_expert_intermediate_size": 32,
