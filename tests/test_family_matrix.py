@@ -68,6 +68,7 @@ HY4 = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
 }  # fmt: skip
 OWN = {
+    "bailing_hybrid": {"num_expert_group": 1},
     "deepseek_v4": LIMIT,
     "hy_v4": LIMIT,
     "hy_v4_vl": {"text_config": HY4},
