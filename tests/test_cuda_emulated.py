@@ -177,7 +177,7 @@ BUGS = {
         GROUPED, "copy_wait_for(a.stages - 2)", "copy_wait_for(a.stages - 1)", "grouped_random"
     ),
     "grouped: gate and up change places": (
-        EPILOGUE, "const bool has_gate = lane < 16;", "const bool has_gate = lane >= 16;",
+        EPILOGUE, "const bool is_gate = lane < 16;", "const bool is_gate = lane >= 16;",
         "grouped_random"
     ),
     "grouped: h in another order than the products": (
