@@ -297,7 +297,7 @@ BUGS = {
         FAST, "ptx::sync_some(1, kConsumers);", "", "fast_every_packing"
     ),
     "fast: one place for the largest of two items": (
-        FAST, "+ turn * kBlocks * kColumns;", "+ 0 * turn;", "fast_rows_and_items"
+        FAST, "+ turn * kBlocks * kColumns;", "+ 0 * turn;", "fast_every_packing"
     ),
     "fast: lanes read the largest of all before it is there": (
         FAST, "__syncwarp();  // the largest of all warps are there", "", "fast_every_packing"

@@ -940,7 +940,8 @@ Shape fast_shape(const Packing& packing) {
 
 TEST(fast_every_packing_and_shape) {
   const OnHopper hopper;
-  const int sizes[][2] = {{264, 150}, {133, 200}, {1, 1}, {3, 300}, {1400, 24}, {128, 128}};
+  const int sizes[][2] = {{264, 150}, {133, 200}, {1, 1},    {3, 300},
+                          {1400, 24}, {128, 128}, {100, 700}};
   for (const Packing& packing : fast_packings()) {
     for (const auto& [hidden, intermediate] : sizes) {
       Shape s = fast_shape(packing);

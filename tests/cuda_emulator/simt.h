@@ -45,6 +45,7 @@ struct Options {
   uint64_t most_steps_without_progress = 2'000'000;
   uint64_t most_polls_without_change = 3'000'000;
   unsigned slow_block_one_in = 4;  // one block of each grid runs that much more slowly
+  unsigned slow_warp_one_in = 64;  // and one warp of each block, the same one of all
 };
 inline Options options;
 
@@ -156,6 +157,7 @@ class Grid {
       : grid_dim(g), block_dim(b), shared_bytes_(shared_bytes), body_(std::move(body)) {
     random_.seed(options.seed * 0x9e3779b97f4a7c15u + 1);
     slow_block_ = random_() % (uint64_t(g.x) * g.y * g.z);
+    slow_warp_ = random_() % ((uint64_t(b.x) * b.y * b.z + 31) / 32);
   }
 
   void run() {
@@ -277,9 +279,11 @@ class Grid {
 
   Block* step() {
     size_t i = random_() % ready_.size();
-    if (ready_[i]->block->number == slow_block_ && !chance(options.slow_block_one_in)) {
-      i = random_() % ready_.size();
-    }
+    const auto waits = [this](const Thread& t) {
+      return (t.block->number == slow_block_ && !chance(options.slow_block_one_in)) ||
+             (uint64_t(t.linear) / 32 == slow_warp_ && !chance(options.slow_warp_one_in));
+    };
+    for (int again = 0; again < 8 && waits(*ready_[i]); ++again) i = random_() % ready_.size();
     Thread* const t = ready_[i];
     ready_[i] = ready_.back();
     ready_.pop_back();
@@ -337,7 +341,7 @@ class Grid {
   std::mt19937_64 random_;
   std::vector<Thread*> ready_;
   std::string failure_;
-  uint64_t last_progress_ = 0, slow_block_ = 0, polls_ = 0;
+  uint64_t last_progress_ = 0, slow_block_ = 0, slow_warp_ = 0, polls_ = 0;
   inline static std::vector<std::unique_ptr<Thread>> spare_;  // stacks are dear to make
 };
 
