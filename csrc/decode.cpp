@@ -9,7 +9,8 @@
 
 #include "cpu/convert.h"
 
-#ifdef __x86_64__
+// The choice between the two is made before the thread sanitizer is there to watch it.
+#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
 #define EY_CLONES __attribute__((target_clones("avx2", "default")))
 #else
 #define EY_CLONES

@@ -294,10 +294,10 @@ BUGS = {
         FAST, "most = larger(most, __shfl_xor_sync(kAllLanes, most, other));", "", "fast_random"
     ),
     "fast: the largest of h is not awaited": (
-        FAST, "ptx::sync_some(1, kConsumers);", "", "fast_every_packing"
+        FAST, "ptx::sync_some(1, kConsumers);", "", "fast_a_slow_warp"
     ),
     "fast: one place for the largest of two items": (
-        FAST, "+ turn * kBlocks * kColumns;", "+ 0 * turn;", "fast_every_packing"
+        FAST, "+ turn * kBlocks * kColumns;", "+ 0 * turn;", "fast_a_slow_warp"
     ),
     "fast: lanes read the largest of all before it is there": (
         FAST, "__syncwarp();  // the largest of all warps are there", "", "fast_every_packing"
