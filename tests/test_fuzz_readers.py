@@ -26,18 +26,22 @@ from safetensors.torch import save
 
 import checkpoint_writers as writers
 from expertyard.errors import ExpertyardError
+from expertyard.formats import get_format
+from expertyard.linear import pack_matrix
 from expertyard.loading import Checkpoint, ExpertsLayout, GgufCheckpoint, read_quantised
 from expertyard.loading.packed_folder import (
     MANIFEST,
+    Manifest,
     PackedFile,
     PackedFolder,
     PackedLayer,
+    PackedMatrix,
     file_hash,
     write_manifest,
 )
 from expertyard.loading.writer import new_file
 from expertyard.packing import ExpertPacker
-from expertyard.quantize import QuantizedMatrix
+from expertyard.quantize import QuantizedMatrix, quantize
 from expertyard.spec.headers import read_folder
 
 ROWS, COLUMNS = 16, 256
@@ -213,6 +217,8 @@ def good_packed():
     tensors = {"x.blobs": torch.stack([torch.cat(packer.blobs(number)) for number in range(2)])}
     for name, size in (("gate_bias", 32), ("up_bias", 32), ("down_bias", 64)):
         tensors[f"x.{name}"] = torch.zeros(2, size)
+    other, scale_type = pack_matrix(quantize(torch.ones(32, 64), get_format("int4-g32")))
+    tensors["y.packed"] = other
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "e.safetensors")
         with new_file(file, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}) as to:
@@ -222,7 +228,9 @@ def good_packed():
         content = file.read_bytes()
         layer = PackedLayer.of(file.name, packer.finish(), has_bias=True)
         noted = PackedFile(len(content), file_hash(file))
-        write_manifest(Path(folder, MANIFEST), {"x": layer}, {file.name: noted}, {"job": {}})
+        matrix = PackedMatrix(file.name, "int4-g32", scale_type, 32, 64)
+        done = Manifest({"x": layer}, {"y": matrix}, {file.name: noted}, {"job": {}})
+        write_manifest(Path(folder, MANIFEST), done)
         return content, json.loads(Path(folder, MANIFEST).read_text())
 
 
@@ -235,6 +243,9 @@ def open_packed(content, manifest, good=False):
             assert packed.format
             packed.check({"x": LAYOUT})
             assert packed.experts("x", LAYOUT, "cpu").num_experts == 2
+            packed.check_matrices({"y": (32, 64)})
+            if packed.matrices:  # a folder without them is one of version 1
+                assert packed.matrix("y").numel() == packed.matrices["y"].blob_bytes()
         except ExpertyardError as error:
             assert folder in str(error) and not good
 

@@ -21,6 +21,7 @@ from expertyard.cli import main
 from expertyard.errors import ConfigError, LoadError, PlanError
 from expertyard.hf import pack as packing
 from expertyard.hf.pack import pack
+from expertyard.linear import PackedLinear
 from expertyard.loading.packed_folder import MANIFEST
 from hf_families import load, logits, prompts, save, tiny_model
 from test_from_pretrained import SIZES, quantised
@@ -77,6 +78,86 @@ def test_its_experts_are_the_mapped_file(packed):
 def test_quantised_experts_are_packed_as_they_are(tmp_path, layout):
     folder, _ = quantised(tmp_path, layout)
     assert same(pack(folder, tmp_path / "out").folder, folder)
+
+
+@pytest.mark.parametrize("layout", ["fp8", "awq", "compressed-tensors"])
+def test_other_quantised_layers_are_packed_as_they_are(tmp_path, layout):
+    folder, _ = quantised(tmp_path, layout, dense=True)
+    packed = pack(folder, tmp_path / "out")
+    assert same(packed.folder, folder)
+    model = AutoModelForCausalLM.from_pretrained(packed.folder, dtype=torch.float32)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    assert (
+        layers.keys() == packed.matrices.keys()
+        and len(layers) == 4 * model.config.num_hidden_layers
+    )
+    ranges = file_ranges(packed.folder)
+    for layer in layers.values():
+        assert layer.packed.data_ptr() % 64 == 0
+        assert any(low <= layer.packed.data_ptr() < high for low, high in ranges)
+    # and as plain numbers, whenever that is asked for
+    batch = prompts()
+    plain = ey.from_pretrained(folder, dtype=torch.float32, dense="plain")
+    for other in (
+        ey.from_pretrained(packed.folder, dtype=torch.float32, dense="plain"),
+        ey.from_pretrained(
+            pack(folder, tmp_path / "plainly", dense="plain").folder, dtype=torch.float32
+        ),
+    ):
+        assert not any(isinstance(m, PackedLinear) for m in other.modules())
+        assert torch.allclose(logits(other, batch), logits(plain, batch), rtol=1e-4, atol=1e-4)
+
+
+def test_packing_other_layers_goes_on_where_it_was(tmp_path, monkeypatch):
+    folder, _ = quantised(tmp_path, "awq", dense=True)
+    monkeypatch.setattr(packing, "_KEPT_SHARD", 20_000)
+    write, done = packing._write_kept, []
+
+    def interrupted(opened, kept, names, path):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(path.name)
+        return write(opened, kept, names, path)
+
+    monkeypatch.setattr(packing, "_write_kept", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder, tmp_path / "out")
+    with pytest.raises(LoadError):  # not finished: no packed folder
+        ey.from_pretrained(tmp_path / "out")
+    first = tmp_path / "out" / done[0]
+    with first.open("r+b") as file:  # and one of the two is damaged meanwhile
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    again = []
+    monkeypatch.setattr(
+        packing, "_write_kept", lambda *args: again.append(args[3].name) or write(*args)
+    )
+    packed = pack(folder, tmp_path / "out")
+    names = {matrix.file for matrix in packed.matrices.values()}
+    assert set(again) == names - {done[1]} and len(names) > 3
+    packed.verify()
+    assert same(packed.folder, folder)
+
+
+def test_packed_layers_that_the_model_does_not_have_are_named(tmp_path):
+    folder, _ = quantised(tmp_path, "awq", dense=True)
+    packed = pack(folder, tmp_path / "out").folder
+    manifest = json.loads((packed / MANIFEST).read_text())
+    name = next(iter(manifest["matrices"]))
+    for change in (
+        lambda m: m.update({"model.nowhere": m.pop(name)}),
+        lambda m: m[name].update(rows=m[name]["rows"] + 32),
+        lambda m: m[name].update(scale_type="fp64"),
+        lambda m: m[name].update(file="../elsewhere.safetensors"),
+        lambda m: m[name].update(format="int3"),
+    ):
+        damaged = json.loads(json.dumps(manifest))
+        change(damaged["matrices"])
+        (packed / MANIFEST).write_text(json.dumps(damaged))
+        with pytest.raises(LoadError, match=MANIFEST):
+            ey.from_pretrained(packed)
 
 
 def test_everything_else_comes_along(plain, packed):
@@ -190,7 +271,7 @@ def test_a_flipped_bit_is_found_by_verify(copy, capsys):
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2},
+        {"version": 3},
         {"layers": 3},
         {"files": {"../x": {"bytes": 1, "sha256": ""}}},
         {"files": {}},

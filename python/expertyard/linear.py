@@ -21,7 +21,7 @@ from .ops import _translated
 from .packing import aligned_bytes, packed_bytes, scale_type_of
 from .quantize import E2M1, SCALE_TYPES, QuantizedMatrix
 
-__all__ = ["PackedLinear", "unpack_blob"]
+__all__ = ["PackedLinear", "pack_matrix", "unpack_blob"]
 
 _LANES, _SETS, _STEP = 32, 2, 128  # of csrc/blocks.h
 _DTYPES = {name: dtype for dtype, name in SCALE_TYPES.items()}
@@ -65,21 +65,15 @@ class PackedLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         if tuple(matrix.codes.shape) != shape:
             raise KernelError(f"expected {list(shape)}, got {list(matrix.codes.shape)}")
-        f, dtype = matrix.format, matrix.scales.dtype
-        scale_type = scale_type_of(f, None if dtype == torch.uint8 else dtype)
-        scale_dtype = None if dtype == torch.uint8 else dtype
-        blob = aligned_bytes(packed_bytes(f.name, *shape, scale_dtype)[1])
-        parts = (matrix.codes, matrix.scales, matrix.zeros)
-        kept = [None if t is None else t.cpu().contiguous() for t in parts]
-        addresses = tuple(0 if t is None else t.data_ptr() for t in kept)
-        _C.pack_blob(
-            f.base, scale_type, f.group_size, f.asymmetric,
-            rows=shape[0], k=shape[1], sources=[addresses], out=blob.data_ptr(),
-        )  # fmt: skip
-        packing = _Packing(f, scale_type)
-        self.format, self._code, self._group = f.name, packing.code, f.group_size
+        blob, scale_type = pack_matrix(matrix)
+        self.put_packed(blob.to(device), matrix.format, scale_type)
+
+    def put_packed(self, blob: Tensor, format: Format, scale_type: str) -> None:
+        """Uses what pack_matrix() made of [out_features, in_features], as it lies."""
+        packing = _Packing(format, scale_type)
+        self.format, self._code, self._group = format.name, packing.code, format.group_size
         _PACKINGS[self._code, self._group] = packing
-        self.packed = blob.to(device)
+        self.packed = blob
 
     def forward(self, input: Tensor) -> Tensor:
         if self.packed is None:
@@ -119,6 +113,22 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self.format or 'empty'}"
         )
+
+
+def pack_matrix(matrix: QuantizedMatrix) -> tuple[Tensor, str]:
+    """Quantised weights [rows, columns] as a w2 blob on the CPU, and the type of its scales."""
+    (rows, columns), f, dtype = matrix.codes.shape, matrix.format, matrix.scales.dtype
+    scale_dtype = None if dtype == torch.uint8 else dtype
+    scale_type = scale_type_of(f, scale_dtype)
+    blob = aligned_bytes(packed_bytes(f.name, rows, columns, scale_dtype)[1])
+    parts = (matrix.codes, matrix.scales, matrix.zeros)
+    kept = [None if t is None else t.cpu().contiguous() for t in parts]
+    addresses = tuple(0 if t is None else t.data_ptr() for t in kept)
+    _C.pack_blob(
+        f.base, scale_type, f.group_size, f.asymmetric,
+        rows=rows, k=columns, sources=[addresses], out=blob.data_ptr(),
+    )  # fmt: skip
+    return blob, scale_type
 
 
 def unpack_blob(blob: Tensor, rows: int, cols: int, packing: Any, dtype: torch.dtype) -> Tensor:

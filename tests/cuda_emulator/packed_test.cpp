@@ -126,6 +126,12 @@ class Problem {
     }
   }
 
+  void multiply_token(size_t token, float by) {
+    for (size_t i = token * size_t(shape.hidden); i < (token + 1) * size_t(shape.hidden); ++i) {
+      xs_[i] = testing::put(x_.data(), shape.hidden_dtype, i, by * float(xs_[i]));
+    }
+  }
+
   // The first weight of the expert's first gate row becomes this code (8-bit formats).
   void set_first_code(size_t expert, uint8_t code) {
     const int64_t head = ey::BlockShape{shape.format, shape.packing, shape.hidden}.line_head();
@@ -341,11 +347,12 @@ std::vector<Kind> kinds() {
   }
   return all;
 }
-// One of each format.
+// One of each format, of int4 one for each of its kernels on Hopper.
 std::vector<Kind> formats() {
   return {{Format::kBf16, {ScaleType::kNone, 0, false}},
           {Format::kInt8, {ScaleType::kBf16, 0, false}},
           {Format::kFp8, {ScaleType::kFp32, 128, false}},
+          {Format::kInt4, {ScaleType::kBf16, 64, false}},
           {Format::kInt4, {ScaleType::kBf16, 64, true}},
           {Format::kMxfp4, {ScaleType::kE8m0, 32, false}}};
 }
@@ -983,22 +990,30 @@ TEST(fast_rows_and_items_longer_than_the_ring) {
   run_and_check(s);
 }
 
-// Warps that wait for each other at a barrier of their own must do so even where one lags behind.
+// Warps that wait for each other at a barrier of their own must do so even where one lags behind:
+// a block's items are of one token each, now a large one, now a small one.
 TEST(fast_a_slow_warp_is_waited_for) {
   const OnHopper hopper;
-  const uint64_t seed = emu::options.seed;
+  emu::machine.multiprocessors = 1;
+  const emu::Options usual = emu::options;
   emu::options.slow_warp_one_in = 64;
+  emu::options.most_polls_without_change = 40'000'000;
   for (uint64_t other = 0; other < 6; ++other) {  // another warp is the slow one
-    emu::options.seed = seed + other;
+    emu::options.seed = usual.seed + other;
     Shape s = fast_shape({ScaleType::kFp32, 128, false});
-    s.tokens = 5;
-    s.num_experts = 1;
+    s.tokens = s.num_experts = 8;
+    s.top_k = 1;
     s.hidden = 100;
-    s.intermediate = 700;
-    run_and_check(s);
+    s.intermediate = 128;
+    Problem problem(s, emu::options.seed);
+    for (int t = 0; t < s.tokens; ++t) {
+      problem.set_id(size_t(t), t);
+      if (t % 2) problem.multiply_token(size_t(t), 100.0f);
+    }
+    CHECK(problem.run().ok);
+    problem.check();
   }
-  emu::options.slow_warp_one_in = 1;
-  emu::options.seed = seed;
+  emu::options = usual;
 }
 
 TEST(fast_the_schedule_does_not_change_a_bit) {

@@ -43,7 +43,7 @@ struct Options {
   int resident_blocks =
       3;  // that run side by side; a grid whose blocks wait for each other needs all
   uint64_t most_steps_without_progress = 2'000'000;
-  uint64_t most_polls_without_change = 40'000'000;
+  uint64_t most_polls_without_change = 3'000'000;
   unsigned slow_block_one_in = 4;  // one block of each grid runs that much more slowly
   unsigned slow_warp_one_in = 1;  // and one warp of each block, the same one of all
 };
@@ -157,6 +157,7 @@ class Grid {
       : grid_dim(g), block_dim(b), shared_bytes_(shared_bytes), body_(std::move(body)) {
     random_.seed(options.seed * 0x9e3779b97f4a7c15u + 1);
     slow_block_ = random_() % (uint64_t(g.x) * g.y * g.z);
+    if (g.x * g.y * g.z == 1) slow_block_ = kNone;  // there is nobody to be slower than
     slow_warp_ = random_() % ((uint64_t(b.x) * b.y * b.z + 31) / 32);
   }
 
@@ -341,6 +342,7 @@ class Grid {
   std::mt19937_64 random_;
   std::vector<Thread*> ready_;
   std::string failure_;
+  static constexpr uint64_t kNone = ~uint64_t(0);
   uint64_t last_progress_ = 0, slow_block_ = 0, slow_warp_ = 0, polls_ = 0;
   inline static std::vector<std::unique_ptr<Thread>> spare_;  // stacks are dear to make
 };

@@ -47,6 +47,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="quantise with the scales that have the least squared error; slower",
     )
     add(
+        "--dense",
+        choices=("keep", "plain"),
+        default="keep",
+        help="quantised layers that are no experts: keep their codes (default), or write numbers",
+    )
+    add(
         "--verify",
         action="store_true",
         help="compare every file of the packed folder with its hash; without -o: of PATH",
@@ -79,12 +85,15 @@ def run(args: argparse.Namespace) -> int:
         with starting():
             import_hf(verbose=False)
             from expertyard.hf.pack import pack
-        packed = pack(args.path, args.out, args.format, search=args.search)
+        packed = pack(args.path, args.out, args.format, search=args.search, dense=args.dense)
     total = sum(file.bytes for file in packed.files.values())
     if args.verify:
         with metered(total, "Reading every byte") as meter:
             packed.verify(meter.advance)
     formats = ", ".join(sorted({layer.format for layer in packed.layers.values()}))
+    if packed.matrices:
+        others = ", ".join(sorted({matrix.format for matrix in packed.matrices.values()}))
+        formats += f", {len(packed.matrices)} other layers in {others}"
     state = "every byte is what was packed" if args.verify else "ready"
     print(
         f"{packed.folder}: {len(packed.layers)} layers of experts in {formats}, "

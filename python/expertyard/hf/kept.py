@@ -8,24 +8,38 @@ is made plain. Both that and what a format does not hold exactly are said.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import KernelError, LoadError
-from ..formats import get_format
-from ..linear import PackedLinear
+from ..formats import Format, get_format
+from ..linear import PackedLinear, pack_matrix
 from ..loading import DTYPES, Checkpoint
 from ..loading.convert import in_format
+from ..loading.packed_folder import PackedFolder
 from ..loading.parallel import for_each
 from ..loading.progress import metered
 from ..quantize import QuantizedMatrix, quantize
 from .layers import layer_number
 from .skeleton import Opened
 
-__all__ = ["NOTHING_KEPT", "Kept", "choose_kept", "fill_kept", "put_empty"]
+__all__ = [
+    "NOTHING_KEPT",
+    "Kept",
+    "check_mapped",
+    "choose_kept",
+    "fill_kept",
+    "fill_mapped",
+    "make_plain",
+    "packed_matrix",
+    "put_empty",
+    "saved_bytes",
+    "shapes_of",
+]
 
 _THREADS = 4
 
@@ -99,9 +113,9 @@ def _patterns(model: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(rf"(^|\.)({name})(\.|$)" for name in names)) if names else None
 
 
-def put_empty(model: Any, kept: Kept) -> None:
+def put_empty(model: Any, names: Iterable[str]) -> None:
     """Puts layers without weights where transformers would otherwise want some."""
-    for name in kept.layers:
+    for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         parent, _, leaf = name.rpartition(".")
@@ -115,15 +129,8 @@ def fill_kept(model: Any, kept: Kept, checkpoint: Checkpoint) -> None:
     def fill(name: str) -> None:
         key, layer = kept.layers[name], model.get_submodule(name)
         assert isinstance(layer, PackedLinear)
-        matrix, stored = checkpoint.matrix(key), checkpoint.stored(key)
-        assert stored is not None
-        format = get_format(stored.format)
-        try:
-            if not isinstance(matrix, QuantizedMatrix):  # a layout that no format of ours has
-                matrix = quantize(matrix, format)
-            layer.put(in_format(matrix, format))
-        except KernelError as error:
-            raise LoadError(f"{checkpoint.where(key)}: {error}") from None
+        blob, format, scale_type = packed_matrix(checkpoint, key)
+        layer.put_packed(blob, format, scale_type)
         meter.advance(checkpoint.nbytes(key))
 
     total = sum(checkpoint.nbytes(key) for key in kept.layers.values())
@@ -131,18 +138,75 @@ def fill_kept(model: Any, kept: Kept, checkpoint: Checkpoint) -> None:
         for_each(kept.layers, fill, _THREADS)
 
 
-def saved_bytes(kept: Kept, checkpoint: Checkpoint, itemsize: int) -> dict[int, tuple[str, int]]:
-    """layer -> (format, bytes that its kept layers take less than plain ones would)."""
-    found: dict[int, tuple[str, int]] = {}
+def packed_matrix(checkpoint: Checkpoint, key: str) -> tuple[Tensor, Format, str]:
+    """A kept layer's weight as pack_matrix() makes it. Raises LoadError, naming file and tensor."""
+    matrix, stored = checkpoint.matrix(key), checkpoint.stored(key)
+    assert stored is not None
+    format = get_format(stored.format)
+    try:
+        if not isinstance(matrix, QuantizedMatrix):  # a layout that no format of ours has
+            matrix = quantize(matrix, format)
+        blob, scale_type = pack_matrix(in_format(matrix, format))
+    except KernelError as error:
+        raise LoadError(f"{checkpoint.where(key)}: {error}") from None
+    return blob, format, scale_type
+
+
+def check_mapped(model: Any, packed: PackedFolder) -> None:
+    """LoadError unless the model has every layer that the folder has packed."""
+    modules = dict(model.named_modules())
+    shapes: dict[str, tuple[int, int] | None] = {}
+    for name in packed.matrices:
+        module: Any = modules.get(name)
+        linear = type(module) is nn.Linear
+        shapes[name] = (module.out_features, module.in_features) if linear else None
+    packed.check_matrices(shapes)
+
+
+def fill_mapped(model: Any, packed: PackedFolder) -> None:
+    """Gives every layer its blob in the mapped files."""
+    for name, matrix in packed.matrices.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, PackedLinear)
+        layer.put_packed(packed.matrix(name), get_format(matrix.format), matrix.scale_type)
+
+
+def make_plain(model: Any, names: Iterable[str], dtype: torch.dtype) -> None:
+    """Puts linear layers with plain weights where packed ones are."""
+    for name in names:
+        packed = model.get_submodule(name)
+        assert isinstance(packed, PackedLinear)
+        with torch.device("meta"):
+            plain = nn.Linear(packed.in_features, packed.out_features, bias=False)
+        plain.weight = nn.Parameter(packed.dequantize(dtype), requires_grad=False)
+        plain.register_parameter("bias", packed.bias)
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._modules[leaf] = plain
+
+
+def shapes_of(kept: Kept, checkpoint: Checkpoint) -> Iterator[tuple[str, str, int, int]]:
+    """Of every kept layer name, format, rows and columns."""
     for name, key in kept.layers.items():
         stored = checkpoint.stored(key)
         assert stored is not None
+        rows, columns = stored.shape
+        yield name, stored.format, rows, columns
+
+
+def saved_bytes(
+    shapes: Iterable[tuple[str, str, int, int]], itemsize: int
+) -> dict[int, tuple[str, int]]:
+    """layer -> (format, bytes that its kept layers take less than plain ones would).
+
+    shapes  as shapes_of() gives them
+    """
+    found: dict[int, tuple[str, int]] = {}
+    for name, stored, rows, columns in shapes:
         try:
             number = layer_number(name)
         except KernelError:  # the head: outside of layers
             continue
-        rows, columns = stored.shape
-        saved = rows * columns * itemsize - get_format(stored.format).matrix_bytes(rows, columns)
-        format, before = found.get(number, (stored.format, 0))
+        saved = rows * columns * itemsize - get_format(stored).matrix_bytes(rows, columns)
+        format, before = found.get(number, (stored, 0))
         found[number] = (format, before + saved)
     return found

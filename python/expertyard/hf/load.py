@@ -37,7 +37,7 @@ from .skeleton import (
     skeleton,
 )
 
-__all__ = ["find_model", "from_pretrained", "open_model"]
+__all__ = ["find_model", "from_pretrained", "open_model", "say_what_is_made_plain"]
 
 _OURS = {*(field.name for field in dataclasses.fields(Request)), *RunOptions.names()}
 
@@ -132,7 +132,7 @@ def _load(opened: Opened, ours: ExpertsConfig, dtype: Any, options: dict[str, An
     if "generation_config" not in options and (folder / "generation_config.json").is_file():
         options["generation_config"] = GenerationConfig.from_pretrained(folder)
     kept = choose_kept(opened, skeleton(config), ours.options.dense == "keep")
-    _say_what_is_made_plain(opened, kept, dtype)
+    say_what_is_made_plain(opened, kept, dtype)
     read = Reading(opened.checkpoint, opened.sources, folder=opened.spec_folder, kept=kept)
     with reading(read):
         model = model_class(config).from_pretrained(
@@ -147,7 +147,7 @@ def _load(opened: Opened, ours: ExpertsConfig, dtype: Any, options: dict[str, An
     return model
 
 
-def _say_what_is_made_plain(opened: Opened, kept: Kept, dtype: Any) -> None:
+def say_what_is_made_plain(opened: Opened, kept: Kept, dtype: Any) -> None:
     """A warning, with the reason and the room that it takes, for quantised layers that are no
     experts and do not stay as they are."""
     checkpoint, keys = opened.checkpoint, list(kept.plain)

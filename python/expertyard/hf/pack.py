@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..dispatch import RunOptions
 from ..errors import ConfigError, LoadError
 from ..formats import get_format
 from ..loading import DTYPES, LayerSource, assemble, layer_bytes, native_format
@@ -23,9 +24,11 @@ from ..loading.convert import common_scales
 from ..loading.expert import read_expert
 from ..loading.packed_folder import (
     MANIFEST,
+    Manifest,
     PackedFile,
     PackedFolder,
     PackedLayer,
+    PackedMatrix,
     file_hash,
     is_packed,
     read_manifest,
@@ -36,23 +39,31 @@ from ..loading.writer import new_file
 from ..packing import packed_bytes
 from .config import PACKED, QUANT_METHOD
 from .dense import dense_tensor
-from .load import find_model, open_model
-from .skeleton import Opened, model_dtype
+from .kept import Kept, choose_kept, packed_matrix, shapes_of
+from .load import find_model, open_model, say_what_is_made_plain
+from .skeleton import Opened, model_dtype, skeleton
 
 __all__ = ["pack"]
 
 PARTIAL = "expertyard.partial.json"
-_SHARD = 4 << 30  # bytes of dense weights a file
+_SHARD = 4 << 30  # bytes of plain weights a file
+_KEPT_SHARD = 128 << 20  # bytes of quantised ones, which are in memory at once
 _INDEX = "model.safetensors.index.json"
 
 
 def pack(
-    path: str | Path, out: str | Path, format: str | None = None, *, search: bool = False
+    path: str | Path,
+    out: str | Path,
+    format: str | None = None,
+    *,
+    search: bool = False,
+    dense: str = "keep",
 ) -> PackedFolder:
     """Writes `path` to the folder `out` with its experts packed in `format`.
 
     format  None: the format that the experts of a quantised checkpoint have
     search  look for the scales with the least squared error
+    dense   quantised layers that are no experts: "keep" packs their codes, "plain" writes numbers
     Raises LoadError, ConfigError or KernelError. Interrupted, it goes on when called again.
     """
     source, out = find_model(path), Path(out)
@@ -66,15 +77,23 @@ def pack(
         "source": _fingerprint(opened),
         "formats": formats,
         "search": search,
+        "dense": RunOptions(dense=dense).dense,
         "dtype": str(model_dtype(opened.config)).removeprefix("torch."),
     }
     if is_packed(out):
-        done = PackedFolder(out)
-        if done.rest.get("job") != job:
+        packed = PackedFolder(out)
+        if packed.rest.get("job") != job:
             raise ConfigError(f"{out}: holds another packed model. Choose an empty folder.")
-        return done
+        return packed
     out.mkdir(parents=True, exist_ok=True)
-    layers, files = _begun(out, job)
+    begun = _begun(out, job)
+    layers, matrices, files = dict(begun.layers), dict(begun.matrices), dict(begun.files)
+    done = Manifest(layers, matrices, files, {"job": job})
+
+    def note(path: Path) -> None:
+        files[path.name] = PackedFile(path.stat().st_size, file_hash(path))
+        write_manifest(out / PARTIAL, done)
+
     total = sum(layer_bytes(opened.checkpoint, layer) for layer in opened.sources)
     with metered(total, "Packing experts") as meter:
         for number, layer in enumerate(opened.sources):
@@ -85,20 +104,24 @@ def pack(
             layers[layer.name] = _pack_layer(
                 opened, layer, formats[layer.name], search, out / name, meter
             )
-            files[name] = _noted(out / name)
-            write_manifest(out / PARTIAL, layers, files, {"job": job})
+            note(out / name)
+    kept = choose_kept(opened, skeleton(opened.config), dense == "keep")
+    say_what_is_made_plain(opened, kept, model_dtype(opened.config))
+    for name, modules in _kept_shards(opened, kept):
+        if name not in files or not matrices.keys() >= set(modules):
+            matrices |= _write_kept(opened, kept, modules, out / name)
+            note(out / name)
     weight_map: dict[str, str] = {}
-    for name, keys in _shards(opened, model_dtype(opened.config)):
+    for name, keys in _shards(opened, kept, model_dtype(opened.config)):
         weight_map |= {opened.dense[key]: name for key in keys}
         if name not in files:
             _write_dense(opened, keys, out / name)
-            files[name] = _noted(out / name)
-            write_manifest(out / PARTIAL, layers, files, {"job": job})
+            note(out / name)
     index = {"metadata": {}, "weight_map": weight_map}
     (out / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
     _copy_small_files(opened, out)
     _write_config(opened, formats, out)
-    write_manifest(out / MANIFEST, layers, files, {"job": job})
+    write_manifest(out / MANIFEST, done)
     (out / PARTIAL).unlink()
     return PackedFolder(out)
 
@@ -128,32 +151,28 @@ def _fingerprint(opened: Opened) -> str:
     return hashlib.sha256("\n".join([*sorted(facts), config]).encode()).hexdigest()
 
 
-def _begun(
-    out: Path, job: Mapping[str, Any]
-) -> tuple[dict[str, PackedLayer], dict[str, PackedFile]]:
+def _begun(out: Path, job: Mapping[str, Any]) -> Manifest:
     """What an earlier call has finished and the disk still has, byte for byte."""
     if not (out / PARTIAL).is_file():
         if any(out.iterdir()):
             raise ConfigError(f"{out}: is not empty. Choose a new or an empty folder.")
-        return {}, {}
-    layers, files, rest = read_manifest(out / PARTIAL)
-    if rest.get("job") != json.loads(json.dumps(job)):
+        return Manifest({}, {}, {}, {})
+    begun = read_manifest(out / PARTIAL)
+    if begun.rest.get("job") != json.loads(json.dumps(job)):
         raise ConfigError(
             f"{out}: holds a half-packed model, of another source or in another format. Empty the "
             "folder, or choose another."
         )
     whole = {
         name: file
-        for name, file in files.items()
+        for name, file in begun.files.items()
         if (out / name).is_file()
         and (out / name).stat().st_size == file.bytes
         and file_hash(out / name) == file.sha256
     }
-    return {name: layer for name, layer in layers.items() if layer.file in whole}, whole
-
-
-def _noted(path: Path) -> PackedFile:
-    return PackedFile(path.stat().st_size, file_hash(path))
+    layers = {name: layer for name, layer in begun.layers.items() if layer.file in whole}
+    matrices = {name: matrix for name, matrix in begun.matrices.items() if matrix.file in whole}
+    return Manifest(layers, matrices, whole, begun.rest)
 
 
 def _pack_layer(
@@ -189,19 +208,58 @@ def _pack_layer(
         return PackedLayer.of(path.name, packed, layout.has_bias)
 
 
-def _shards(opened: Opened, dtype: torch.dtype) -> Iterator[tuple[str, list[str]]]:
-    """Files of dense weights: name and keys, in an order that is always the same."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for key in opened.dense:
-        nbytes = torch.Size(opened.checkpoint.shape(key)).numel() * dtype.itemsize
-        if size and size + nbytes > _SHARD:
-            shards.append([])
-            size = 0
-        shards[-1].append(key)
-        size += nbytes
+def _kept_shards(opened: Opened, kept: Kept) -> Iterator[tuple[str, list[str]]]:
+    """Files of layers that stay quantised: name and modules."""
+    sizes = {
+        name: get_format(format).matrix_bytes(rows, columns)
+        for name, format, rows, columns in shapes_of(kept, opened.checkpoint)
+    }
+    for number, names in enumerate(_runs(sizes, _KEPT_SHARD)):
+        yield f"kept-{number:05d}.safetensors", names
+
+
+def _write_kept(
+    opened: Opened, kept: Kept, names: list[str], path: Path
+) -> dict[str, PackedMatrix]:
+    """All in memory at once, because the types of their scales say how many bytes they take."""
+    made = {name: packed_matrix(opened.checkpoint, kept.layers[name]) for name in names}
+    matrices = {}
+    for name, (_, format, scale_type) in made.items():
+        rows, columns = opened.checkpoint.shape(kept.layers[name])
+        matrices[name] = PackedMatrix(path.name, format.name, scale_type, rows, columns)
+    with new_file(
+        path, {f"{name}.packed": (torch.uint8, blob.shape) for name, (blob, _, _) in made.items()}
+    ) as parts:
+        for name, (blob, _, _) in made.items():
+            parts[f"{name}.packed"].copy_(blob)
+    return matrices
+
+
+def _shards(opened: Opened, kept: Kept, dtype: torch.dtype) -> Iterator[tuple[str, list[str]]]:
+    """Files of plain weights: name and keys."""
+    stay = set(kept.layers.values())
+    sizes = {
+        key: torch.Size(opened.checkpoint.shape(key)).numel() * dtype.itemsize
+        for key in opened.dense
+        if key not in stay
+    }
+    shards = list(_runs(sizes, _SHARD))
     for number, keys in enumerate(shards):
         yield f"dense-{number + 1:05d}-of-{len(shards):05d}.safetensors", keys
+
+
+def _runs(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
+    """Names in their order, cut where the next one would make it more than `most` bytes."""
+    run: list[str] = []
+    total = 0
+    for name, size in sizes.items():
+        if run and total + size > most:
+            yield run
+            run, total = [], 0
+        run.append(name)
+        total += size
+    if run:
+        yield run
 
 
 def _write_dense(opened: Opened, keys: list[str], path: Path) -> None:

@@ -29,7 +29,15 @@ from ..loading.expert import keys_of
 from ..loading.packed_folder import PackedFolder, is_packed
 from ..plan import Plan
 from .config import QUANT_METHOD, ExpertsConfig
-from .kept import fill_kept, put_empty, saved_bytes
+from .kept import (
+    check_mapped,
+    fill_kept,
+    fill_mapped,
+    make_plain,
+    put_empty,
+    saved_bytes,
+    shapes_of,
+)
 from .layers import find_experts, recognise
 from .module import ExpertyardExperts
 from .outside import replacement
@@ -55,6 +63,7 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._reading: Reading | None = None
         self._promises: tuple[Promised, ...] = ()
         self._plan: Plan | None = None
+        self._dtype = torch.get_default_dtype()  # of everything but the experts
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """ConfigError if a device_map asks for something else than the plan."""
@@ -83,6 +92,7 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
         layouts = {name: recognise(module, name) for name, module in modules.items()}
         if read.packed is not None:
             read.packed.check(layouts)
+            check_mapped(model, read.packed)
             native = read.packed.formats(layouts)
         else:
             assert read.checkpoint is not None
@@ -91,16 +101,20 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
             native = _native(
                 read.checkpoint, read.sources, "format" not in self.quantization_config.given
             )
+        self._dtype = dtype or torch.get_default_dtype()
         saved = None
-        if read.kept.layers or read.kept.plain:
+        if read.packed is not None and self.quantization_config.options.dense == "keep":
+            matrices = read.packed.matrices.items()
+            shapes = ((name, m.format, m.rows, m.columns) for name, m in matrices)
+            saved = saved_bytes(shapes, self._dtype.itemsize)
+        elif read.kept.layers or read.kept.plain:
             assert read.checkpoint is not None
-            itemsize = (dtype or torch.get_default_dtype()).itemsize
-            saved = saved_bytes(read.kept, read.checkpoint, itemsize)
+            saved = saved_bytes(shapes_of(read.kept, read.checkpoint), self._dtype.itemsize)
         plan, promises = make_promises(
             self.quantization_config,
             {**model.config.to_dict(), "quantization_config": None},
             layouts,
-            dtype or torch.get_default_dtype(),
+            self._dtype,
             folder=read.folder,
             native=native,
             saved=saved,
@@ -118,7 +132,7 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
             parent, _, leaf = name.rpartition(".")
             instead = replacement(module, layouts[name], getattr(module, "config", model.config))
             model.get_submodule(parent)._modules[leaf] = instead
-        put_empty(model, read.kept)
+        put_empty(model, read.packed.matrices if read.packed is not None else read.kept.layers)
         _ignore_unexpected(model, list(modules))
         self._reading = read
         self._promises, self._plan = promises, plan
@@ -147,7 +161,11 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
             assert isinstance(module, ExpertyardExperts)
             experts.after = make_policy(options.policy, experts)
             module.experts = experts
-        if read.kept.layers:
+        if read.packed is not None:
+            fill_mapped(model, read.packed)
+            if options.dense == "plain":
+                make_plain(model, read.packed.matrices, self._dtype)
+        elif read.kept.layers:
             assert read.checkpoint is not None
             fill_kept(model, read.kept, read.checkpoint)
         place_dense(model, plan, self._promises)

@@ -6,6 +6,8 @@
     experts-00003.safetensors                        one file a layer of experts: <module>.blobs
                                                      U8 [num_experts, w13 bytes + w2 bytes], laid
                                                      out by csrc/blocks.h, and biases in float32
+    kept-00000.safetensors                           other quantised layers: <module>.packed U8, a
+                                                     matrix laid out like an expert's w2
     expertyard.json                                  what is in each file, its size and its SHA-256
 
 Nothing here depends on a plan: any layer may go to any device. expertyard.json is written last, so
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import ExpertyardError, KernelError, LoadError, PlanError
 from ..formats import get_format
@@ -31,9 +34,11 @@ from .writer import ALIGNMENT
 
 __all__ = [
     "MANIFEST",
+    "Manifest",
     "PackedFile",
     "PackedFolder",
     "PackedLayer",
+    "PackedMatrix",
     "file_hash",
     "is_packed",
     "read_manifest",
@@ -41,7 +46,8 @@ __all__ = [
 ]
 
 MANIFEST = "expertyard.json"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)  # 1: without `matrices`
 _BIASES = ("gate_bias", "up_bias", "down_bias")
 _SCALES = {
     "none": None,
@@ -83,12 +89,26 @@ class PackedLayer:
         )
 
     def blob_bytes(self) -> tuple[int, int]:
-        scales = _SCALES[self.scale_type]
-        if scale_type_of(get_format(self.format), scales) != self.scale_type:
-            raise KernelError(f"scale_type: format {self.format!r} with {self.scale_type!r}")
+        """Of an expert's w13 and w2."""
+        scales = _scale_dtype(self.format, self.scale_type)
         return packed_bytes(
             self.format, self.hidden_size, self.intermediate_size, scales, self.activation
         )
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A quantised linear layer that is no expert: [rows, columns] = [out, in] features."""
+
+    file: str
+    format: str
+    scale_type: str
+    rows: int
+    columns: int
+
+    def blob_bytes(self) -> int:
+        scales = _scale_dtype(self.format, self.scale_type)
+        return packed_bytes(self.format, self.rows, self.columns, scales)[1]
 
 
 @dataclass(frozen=True)
@@ -97,6 +117,14 @@ class PackedFile:
 
     bytes: int
     sha256: str
+
+
+def _scale_dtype(format: str, scale_type: str) -> torch.dtype | None:
+    """KernelError or KeyError where a format has no such scales."""
+    dtype = _SCALES[scale_type]
+    if scale_type_of(get_format(format), dtype) != scale_type:
+        raise KernelError(f"scale_type: format {format!r} with {scale_type!r}")
+    return dtype
 
 
 def is_packed(folder: Path) -> bool:
@@ -114,42 +142,52 @@ def file_hash(path: Path, advance: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
-def read_manifest(
-    path: Path,
-) -> tuple[dict[str, PackedLayer], dict[str, PackedFile], dict[str, Any]]:
-    """Layers by module, files by name, and the rest. LoadError if it is not such a file."""
+@dataclass(frozen=True)
+class Manifest:
+    """layers and matrices by module, files by name; rest: what else the file says."""
+
+    layers: Mapping[str, PackedLayer]
+    matrices: Mapping[str, PackedMatrix]
+    files: Mapping[str, PackedFile]
+    rest: Mapping[str, Any]
+
+
+def read_manifest(path: Path) -> Manifest:
+    """LoadError if it is not such a file."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["version"] != VERSION:
+        if manifest["version"] not in READABLE:
             raise LoadError(
                 f"{path}: version {manifest['version']!r}, expected {VERSION}. It was written by "
                 "another version of Expertyard; pack the model again."
             )
         layers = {name: PackedLayer(**layer) for name, layer in manifest["layers"].items()}
+        matrices = {
+            name: PackedMatrix(**matrix) for name, matrix in manifest.get("matrices", {}).items()
+        }
         files = {name: PackedFile(**file) for name, file in manifest["files"].items()}
     except OSError as error:
         raise LoadError(f"{path}: cannot be read ({error.strerror}).") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise LoadError(f"{path}: is damaged; pack the model again.") from None
-    for name in [*files, *(layer.file for layer in layers.values())]:
+    of_layers = (layer.file for layer in layers.values())
+    of_matrices = (matrix.file for matrix in matrices.values())
+    for name in [*files, *of_layers, *of_matrices]:
         if not isinstance(name, str) or Path(name).name != name:
             raise LoadError(f"{path}: expected names of files in this folder, got {name!r}.")
-    rest = {key: value for key, value in manifest.items() if key not in ("layers", "files")}
-    return layers, files, rest
+    known = ("version", "layers", "matrices", "files")
+    rest = {key: value for key, value in manifest.items() if key not in known}
+    return Manifest(layers, matrices, files, rest)
 
 
-def write_manifest(
-    path: Path,
-    layers: Mapping[str, PackedLayer],
-    files: Mapping[str, PackedFile],
-    rest: Mapping[str, Any],
-) -> None:
+def write_manifest(path: Path, manifest: Manifest) -> None:
     """Under a temporary name, then renamed: the file is whole or not there."""
     content = {
         "version": VERSION,
-        **rest,
-        "layers": {name: asdict(layer) for name, layer in layers.items()},
-        "files": {name: asdict(file) for name, file in files.items()},
+        **manifest.rest,
+        "layers": {name: asdict(layer) for name, layer in manifest.layers.items()},
+        "matrices": {name: asdict(matrix) for name, matrix in manifest.matrices.items()},
+        "files": {name: asdict(file) for name, file in manifest.files.items()},
     }
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -161,7 +199,9 @@ class PackedFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.layers, self.files, self.rest = read_manifest(folder / MANIFEST)
+        manifest = read_manifest(folder / MANIFEST)
+        self.layers, self.matrices = manifest.layers, manifest.matrices
+        self.files, self.rest = manifest.files, manifest.rest
         for name, file in self.files.items():
             path = folder / name
             size = path.stat().st_size if path.is_file() else -1
@@ -170,9 +210,10 @@ class PackedFolder:
                 raise LoadError(f"{path}: {found}. Pack or copy the model again.")
         if not self.layers:
             raise LoadError(f"{folder / MANIFEST}: names no layers; it is damaged.")
-        for name in self.layers:
+        for name in (*self.layers, *self.matrices):
             self._sizes(name)
-        names = sorted({layer.file for layer in self.layers.values()})
+        files = {layer.file for layer in self.layers.values()}
+        names = sorted(files | {matrix.file for matrix in self.matrices.values()})
         if missing := [name for name in names if name not in self.files]:
             raise LoadError(f"{folder / MANIFEST}: says nothing about {missing[0]}; it is damaged.")
         self._checkpoint = Checkpoint([folder / name for name in names])
@@ -209,7 +250,7 @@ class PackedFolder:
                         f"{where}: {name}: {what}: config.json says {expected!r}, the packed "
                         f"experts have {got!r}. Pack the model again."
                     )
-            self._expect(f"{name}.blobs", "U8", (layer.num_experts, sum(self._sizes(name))))
+            self._expect(f"{name}.blobs", "U8", (layer.num_experts, sum(layer.blob_bytes())))
             inner, outer = layer.intermediate_size, layer.hidden_size
             for bias, size in zip(_BIASES, (inner, inner, outer), strict=True):
                 if layer.has_bias:
@@ -225,9 +266,29 @@ class PackedFolder:
                     f"packed in {have!r}. Leave `format` out, or pack the model again."
                 )
 
-    def _sizes(self, name: str) -> tuple[int, int]:
+    def check_matrices(self, shapes: Mapping[str, tuple[int, int] | None]) -> None:
+        """LoadError unless `shapes`, of the model's linear layers, are those of the matrices.
+
+        shapes  of every module that `matrices` names: [out_features, in_features], or None where
+                the model has no linear layer
+        """
+        for name, matrix in self.matrices.items():
+            got, expected = (matrix.rows, matrix.columns), shapes[name]
+            if got != expected:
+                wanted = "no linear layer" if expected is None else str(list(expected))
+                raise LoadError(
+                    f"{self.folder / MANIFEST}: {name}: config.json's model has {wanted} there, "
+                    f"the packed layer is {list(got)}. Pack the model again."
+                )
+            self._expect(f"{name}.packed", "U8", (matrix.blob_bytes(),))
+
+    def matrix(self, name: str) -> Tensor:
+        """The blob of a layer that is no expert: the mapped file itself."""
+        return self._aligned(f"{name}.packed")
+
+    def _sizes(self, name: str) -> None:
         try:
-            return self.layers[name].blob_bytes()
+            (self.layers.get(name) or self.matrices[name]).blob_bytes()
         except (ExpertyardError, KeyError, ValueError, TypeError) as error:
             what = str(error).partition("\n")[0]  # pybind11 goes on with signatures
             raise LoadError(f"{self.folder / MANIFEST}: {name}: {what}") from None
@@ -248,14 +309,8 @@ class PackedFolder:
     ) -> PackedExperts:
         """A layer's experts: on the CPU the mapped file itself, on a GPU one copy of it."""
         layer = self.layers[name]
-        w13, _ = self._sizes(name)
-        blobs = self._checkpoint.raw(f"{name}.blobs")
-        if blobs.data_ptr() % ALIGNMENT:
-            raise LoadError(
-                f"{self._checkpoint.where(f'{name}.blobs')}: expected to begin at a multiple of "
-                f"{ALIGNMENT} bytes. The file was written anew by something else; pack the model "
-                "again."
-            )
+        w13, _ = layer.blob_bytes()
+        blobs = self._aligned(f"{name}.blobs")
         rows = list(blobs.to(torch.device(device)))
         biases: dict[str, Any] = {}
         if layer.has_bias:
@@ -278,6 +333,15 @@ class PackedFolder:
             limit=layout.limit,
             mode=mode,
         )
+
+    def _aligned(self, key: str) -> Tensor:
+        blobs = self._checkpoint.raw(key)
+        if blobs.data_ptr() % ALIGNMENT:
+            raise LoadError(
+                f"{self._checkpoint.where(key)}: expected to begin at a multiple of {ALIGNMENT} "
+                "bytes. The file was written anew by something else; pack the model again."
+            )
+        return blobs
 
     def verify(self, advance: Callable[[int], None] | None = None) -> None:
         """Reads every byte; LoadError names the first file whose content is not what was packed."""
