@@ -45,7 +45,7 @@ struct Options {
   uint64_t most_steps_without_progress = 2'000'000;
   uint64_t most_polls_without_change = 3'000'000;
   unsigned slow_block_one_in = 4;  // one block of each grid runs that much more slowly
-  unsigned slow_warp_one_in = 1;  // and one warp of each block, the same one of all
+  unsigned slow_warp_one_in = 1;   // and one warp of each block, the same one of all
 };
 inline Options options;
 
