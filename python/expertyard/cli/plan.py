@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from expertyard.cli.target import Target, open_target
 from expertyard.errors import ConfigError, ExpertyardError
 
 if TYPE_CHECKING:
@@ -138,8 +139,12 @@ def add_request_arguments(group: Any) -> None:
     group.add_argument(
         "--mb-resrv-per-gpu", metavar="MIB", help="MiB kept free per GPU: N, N,N or 0=N,1=N"
     )
-    group.add_argument("--format", metavar="FORMAT", help="of the routed experts (default bf16)")
-    group.add_argument("--dense-format", metavar="FORMAT", help="of everything else (default bf16)")
+    group.add_argument(
+        "--format", metavar="FORMAT", help="of the routed experts (default: the checkpoint's own)"
+    )
+    group.add_argument(
+        "--dense-format", metavar="FORMAT", help="of everything else (default: the checkpoint's)"
+    )
     group.add_argument(
         "--context", type=int, metavar="TOKENS", help="tokens the KV cache holds (default 4096)"
     )
@@ -204,15 +209,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _answer(args: argparse.Namespace) -> tuple[Plan, Any]:
     """(the plan, what to print: text or a rich renderable). Files are written last."""
-    from expertyard.plan.make import make_plan
-    from expertyard.spec import resolve_target
-
     if args.json and args.export:
         raise ConfigError("--json and --export both print; take one of them.")
-    spec = resolve_target(args.target)
-    request = build_request(args)
-    plan = make_plan(spec, request)
-    other = make_plan(spec, build_request(_what_if(args))) if args.what_if else None
+    target = open_target(args.target)
+    spec, request, plan = _planned(target, args)
+    other = _planned(target, _what_if(args))[2] if args.what_if else None
     text: Any
     if args.export:
         from expertyard.plan.export import export
@@ -232,6 +233,27 @@ def _answer(args: argparse.Namespace) -> tuple[Plan, Any]:
     if args.svg:
         _draw(args.svg, plan, request, spec)
     return plan, text
+
+
+def _planned(target: Target, args: argparse.Namespace) -> tuple[ModelSpec, Request, Plan]:
+    """What is planned, as asked, and the plan. Quantised weights keep their formats unless the
+    arguments name others, as they do when the model is loaded.
+    """
+    from dataclasses import replace
+
+    from expertyard.plan.make import make_plan
+
+    request, spec, own = build_request(args), target.spec, target.own
+    if own is None:
+        return spec, request, make_plan(spec, request)
+    if args.format is not None:
+        own = replace(own, experts={})
+    if args.dense_format is not None:
+        own = replace(own, saved=None)
+    if own.widest is not None:
+        request = replace(request, format=own.widest)
+    spec = own.in_spec(spec, request.dense_format)
+    return spec, request, own.in_plan(make_plan(spec, request))
 
 
 def _what_if(args: argparse.Namespace) -> argparse.Namespace:
