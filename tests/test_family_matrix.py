@@ -23,6 +23,7 @@ from transformers import (
 
 import expertyard as ey
 from expertyard.errors import KernelError, LoadError
+from expertyard.hf.layers import find_experts, recognise
 from expertyard.hf.pack import pack
 from hf_families import logits
 
@@ -240,6 +241,15 @@ def test_logits_agree_with_transformers_own_loading(family, tmp_path):
     packed = ey.from_pretrained(tmp_path, dtype=torch.float32, format="int8")
     error = (logits(packed, batch(family)) - expected).square().mean().sqrt() / expected.std()
     assert error < 0.15
+    # Else all of this would pass with experts that compute nothing.
+    downs = {
+        module.get_parameter(parameter)  # once, if two modules share it
+        for name, module in find_experts(theirs).items()
+        for parameter in recognise(module, name).names_of("down_proj")
+    }
+    for parameter in downs:
+        parameter.data.neg_()
+    assert (logits(theirs, batch(family)) - expected).abs().max() > 0.01
 
 
 def test_experts_that_two_modules_share_are_read_once(tmp_path):
@@ -324,8 +334,6 @@ def test_other_arithmetic_is_refused_with_a_sentence(family, tmp_path):
     config = tiny(family)
     with torch.device("meta"):
         model = model_of(config)
-    from expertyard.hf.layers import find_experts, recognise
-
     with pytest.raises(KernelError) as caught:
         for name, module in find_experts(model).items():
             recognise(module, name)

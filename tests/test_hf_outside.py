@@ -72,7 +72,7 @@ def test_logits_and_greedy_tokens_agree(family, road, folders):
     assert ey.verify(ours).layers
     expected = logits(theirs, prompts())
     torch.testing.assert_close(logits(ours, prompts()), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(greedy(ours, prompts()), greedy(theirs, prompts()))
+    assert torch.equal(greedy(ours, prompts(), tokens=5), greedy(theirs, prompts(), tokens=5))
     if road != "attach":
         return
     ey.detach(ours)
