@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +23,7 @@ from transformers import (
 
 import expertyard as ey
 from expertyard.errors import KernelError, LoadError
+from expertyard.hf.pack import pack
 from hf_families import logits
 
 pytestmark = pytest.mark.slow
@@ -108,9 +110,14 @@ OWN = {
     },
     "muse_spark": {
         "text_config": {"moe_hidden_size": 48},
-        "vision_config": {"patch_sizes": [16], "hidden_sizes": [32], "depths": [1]},
+        "audio_config": {
+            "patch_sizes": [16], "hidden_sizes": [32], "depths": [1], "num_hidden_layers": 1,
+            "out_hidden_size": 64,
+        },
     },
+    "inkling2_loop": {"text_config": LOOP, "vision_config": {"text_hidden_size": 64}},
     "qwen3_omni_moe_thinker": {
+        "vision_start_token_id": 90,  # read by its forward, in every checkpoint's config.json
         "audio_config": {
             "d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2,
             "encoder_ffn_dim": 32, "downsample_hidden_size": 16, "output_dim": 64,
@@ -148,15 +155,12 @@ COMPUTED = (
     "glm4v_moe", "deepseek_v4", "hy_v4", "hy_v4_vl", "inkling2_text", "nemotron_h", "jetmoe",
     "dbrx",
     "beam", "deepseek_ocr2", "gemma4_text", "gemma4", "mistral4", "mistral_large4", "lara_mini",
-    "openai_privacy_filter", "unlimited_ocr", "zaya",
+    "openai_privacy_filter", "unlimited_ocr", "zaya", "diffusion_gemma", "glm5_next",
+    "inkling2_loop", "inkling2_loop_text", "muse_spark", "qwen3_omni_moe_thinker", "step3p7",
 )  # fmt: skip
 REFUSED = ("doge",)
 # By road A: from_pretrained with an ExpertsConfig. Their experts can be attached.
 REFUSED_CHECKPOINTS = ("ernie4_5_vl_moe",)
-# No whole model of these runs here; test_hf_recognise compares their experts with eager code.
-EXPERTS_ONLY = (
-    "diffusion_gemma", "glm5_next", "inkling2_loop", "muse_spark", "qwen3_omni_moe", "step3p7",
-)  # fmt: skip
 # Experts in a module for each, in encoders and decoders or backbones that are no language models.
 NO_LANGUAGE_MODELS = ("nllb_moe", "switch_transformers", "vitpose_backbone")
 
@@ -211,8 +215,13 @@ def randomise(model):
     return model.eval()
 
 
-def batch():
+def batch(family=""):
     ids = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(1))
+    if family == "diffusion_gemma":  # its decoder sees the prompt through a cache
+        return {
+            "input_ids": ids, "attention_mask": torch.ones_like(ids),
+            "decoder_input_ids": ids.flip(1),
+        }  # fmt: skip
     # no cache: two layers of a hybrid may have no attention among them
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
@@ -225,12 +234,78 @@ def test_logits_agree_with_transformers_own_loading(family, tmp_path):
     theirs = load(experts_implementation="eager").eval()
     ours = load(quantization_config=ey.ExpertsConfig()).eval()
     assert ey.verify(ours).layers
-    expected = logits(theirs, batch())
+    expected = logits(theirs, batch(family))
     assert expected.isfinite().all()
-    torch.testing.assert_close(logits(ours, batch()), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(ours, batch(family)), expected, rtol=1e-4, atol=1e-4)
     packed = ey.from_pretrained(tmp_path, dtype=torch.float32, format="int8")
-    error = (logits(packed, batch()) - expected).square().mean().sqrt() / expected.std()
+    error = (logits(packed, batch(family)) - expected).square().mean().sqrt() / expected.std()
     assert error < 0.15
+
+
+def test_experts_that_two_modules_share_are_read_once(tmp_path):
+    """diffusion_gemma's encoder and decoder; the file has them under one name, whichever."""
+    model = randomise(model_of(tiny("diffusion_gemma"), dtype=torch.float32))
+    model.save_pretrained(tmp_path)
+    load = partial(type(model).from_pretrained, tmp_path, dtype=torch.float32)
+    expected = logits(load(experts_implementation="eager").eval(), batch("diffusion_gemma"))
+    with pytest.raises(LoadError, match="shared by two modules"):
+        pack(tmp_path, tmp_path / "packed", format="int8")
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    theirs, other = "model.decoder.layers.", "model.encoder.language_model.layers."
+    experts = {key: tensors[key] for key in tensors if "experts." in key}
+    assert experts and all(key.startswith(theirs) for key in experts)
+    renamed = {key.replace(theirs, other): tensor for key, tensor in experts.items()}
+    rest = {key: tensors[key] for key in tensors if key not in experts}
+    for named in (experts, renamed):
+        save_file({**rest, **named}, file, metadata={"format": "pt"})
+        ours = load(quantization_config=ey.ExpertsConfig()).eval()
+        parts = [
+            [ours.get_submodule(f"{where}{layer}.experts").experts for where in (theirs, other)]
+            for layer in range(2)
+        ]
+        assert all(one is same for one, same in parts)
+        assert parts[0][0] is not parts[1][0]
+        got = logits(ours, batch("diffusion_gemma"))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        ours.tie_weights()  # what is left to tie
+        torch.testing.assert_close(logits(ours, batch("diffusion_gemma")), got)
+    apart = {key: tensor.clone() for key, tensor in renamed.items()}
+    save_file({**rest, **experts, **apart}, file, metadata={"format": "pt"})
+    with pytest.raises(LoadError, match="the checkpoint has both"):
+        load(quantization_config=ey.ExpertsConfig())
+
+
+def test_inkling2_loops_nvfp4_and_mxfp8_experts_are_read_as_transformers_reads_them(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(SMALL, "moe_intermediate_size", 64)  # MXFP8 has groups of 32
+    model = randomise(model_of(tiny("inkling2_loop_text"), dtype=torch.float32))
+    model.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors, generator = load_file(file), torch.Generator().manual_seed(0)
+    weights = [key for key in tensors if key.endswith((".w13_weight", ".w2_weight"))]
+    assert len(weights) == 6
+    for key in weights:
+        experts, rows, columns = tensors[key].shape
+        if key.endswith("w13_weight"):
+            codes = torch.randint(0, 256, (experts, rows, columns // 2), generator=generator)
+            tensors[key] = codes.to(torch.uint8)
+            scales = torch.rand(experts, rows, columns // 16, generator=generator) + 0.5
+            tensors[f"{key}_scale"] = scales.to(torch.float8_e4m3fn)
+            tensors[f"{key}_amax"] = torch.rand(experts, generator=generator) + 0.5
+            tensors[f"{key}_outer_scale_denominator"] = torch.tensor([10.0])  # one for all
+        else:
+            numbers = torch.randn(experts, rows, columns, generator=generator)
+            tensors[key] = numbers.to(torch.float8_e4m3fn)
+            scales = torch.randint(122, 126, (experts, rows, columns // 32), generator=generator)
+            tensors[f"{key}_scale"] = scales.to(torch.uint8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    load = partial(type(model).from_pretrained, tmp_path, dtype=torch.float32)
+    expected = logits(load(experts_implementation="eager").eval(), batch())
+    assert (expected - logits(model, batch())).abs().max() > 0.1
+    ours = load(quantization_config=ey.ExpertsConfig()).eval()
+    torch.testing.assert_close(logits(ours, batch()), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", REFUSED_CHECKPOINTS)
@@ -239,6 +314,9 @@ def test_checkpoints_that_cannot_be_read_are_refused_with_a_sentence(family, tmp
     model.save_pretrained(tmp_path)
     with pytest.raises(LoadError, match=r"attach\(model\) instead\."):
         type(model).from_pretrained(tmp_path, quantization_config=ey.ExpertsConfig())
+    expected = logits(model, batch())
+    assert ey.verify(ey.attach(model)).layers
+    torch.testing.assert_close(logits(model, batch()), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", REFUSED)

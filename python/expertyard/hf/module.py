@@ -7,6 +7,7 @@ packed experts stay where the plan put them, and hidden states come to them and 
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..dispatch import LayerExperts
@@ -27,6 +28,23 @@ class ExpertyardExperts(nn.Module):
         self.config = config
         self.num_experts = layout.num_experts
         self.experts = None  # until the checkpoint's experts have been read
+
+    def stand_in(self, there: bool) -> None:
+        """Puts nothing under the names of the experts' parameters, or takes it away again.
+
+        Some families initialise experts from the block around them (Qwen3-Omni's _init_weights
+        reaches for module.experts.gate_up_proj), whether or not anything is missing.
+        """
+        theirs = (name for ours in self.layout.parameters for name in self.layout.names_of(ours))
+        for name in theirs:
+            if "." in name:
+                continue  # of a module below, which the replacement does not have
+            if there:
+                nothing = torch.empty(0)
+                nothing._is_hf_initialized = True  # type: ignore[attr-defined]
+                setattr(self, name, nothing)
+            else:
+                delattr(self, name)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[num_tokens, hidden_size] -> the same shape, dtype and device."""

@@ -72,6 +72,11 @@ def pack(
     if out.exists() and (not out.is_dir() or out.resolve() == source.resolve()):
         raise ConfigError(f"{out}: expected a folder, new or begun by an earlier call.")
     opened = open_model(source)
+    if twice := [layer.name for layer in opened.sources if layer.same_as]:
+        raise LoadError(
+            f"{source}: the experts of {twice[0]} are shared by two modules, which packed folders "
+            'have no word for. Load it with expertyard.from_pretrained(path, format="...").'
+        )
     formats = _formats(opened, format)
     job = {
         "source": _fingerprint(opened),

@@ -131,9 +131,11 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in modules.items():
             parent, _, leaf = name.rpartition(".")
             instead = replacement(module, layouts[name], getattr(module, "config", model.config))
+            instead.stand_in(True)
             model.get_submodule(parent)._modules[leaf] = instead
         put_empty(model, read.packed.matrices if read.packed is not None else read.kept.layers)
         _ignore_unexpected(model, list(modules))
+        _untie(model, list(modules))
         self._reading = read
         self._promises, self._plan = promises, plan
 
@@ -155,11 +157,21 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         read, plan, options = self._reading, self._plan, self.quantization_config.options
         assert read is not None and plan is not None
-        shared = join([p.placement for p in self._promises if p.placement is not None], options)
+        again = {source.name for source in read.sources if source.same_as}
+        shared = join(
+            [
+                p.placement
+                for p in self._promises
+                if p.placement is not None and p.name not in again
+            ],
+            options,
+        )
         for promised, experts in self._made(read, options, shared):
             module = model.get_submodule(promised.name)
             assert isinstance(module, ExpertyardExperts)
-            experts.after = make_policy(options.policy, experts)
+            module.stand_in(False)
+            if promised.name not in again:
+                experts.after = make_policy(options.policy, experts)
             module.experts = experts
         if read.packed is not None:
             fill_mapped(model, read.packed)
@@ -186,13 +198,19 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
             return
         checkpoint = read.checkpoint
         assert checkpoint is not None
-        total = sum(layer_bytes(checkpoint, source) for source in read.sources)
+        each = list(zip(read.sources, self._promises, strict=True))
+        owners = [(source, promised) for source, promised in each if not source.same_as]
+        made: dict[str, LayerExperts] = {}
+        total = sum(layer_bytes(checkpoint, source) for source, _ in owners)
         with metered(total, "Packing experts") as meter:
-            for source, promised in zip(read.sources, self._promises, strict=True):
-                experts = load_experts(
+            for source, promised in owners:
+                made[source.name] = load_experts(
                     checkpoint, source, promised, options, shared, advance=meter.advance
                 )
-                yield promised, experts
+                yield promised, made[source.name]
+        for source, promised in each:
+            if source.same_as:
+                yield promised, made[source.same_as]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """ConfigError: transformers asks in save_pretrained(), and has no words for what to do."""
@@ -239,6 +257,27 @@ def _ignore_unexpected(model: Any, names: list[str]) -> None:
     model._keys_to_ignore_on_load_unexpected = (
         {*ignored, *patterns} if isinstance(ignored, set) else [*(ignored or []), *patterns]
     )
+
+
+def _untie(model: Any, names: list[str]) -> None:
+    """Forgets that experts modules share parameters, which they do not have any more."""
+    experts = tuple(f"{name}." for name in names)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    gone = [target for target in tied if target.startswith(experts)]
+    for target in gone:
+        del tied[target]
+    if not gone:
+        return
+    for module in model.modules():
+        patterns = getattr(module, "_tied_weights_keys", None)
+        if isinstance(patterns, dict):
+            left = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+            left |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+            module._tied_weights_keys = {
+                target: source
+                for target, source in patterns.items()
+                if any(re.search(f"^{target}", name) for name in left)
+            }
 
 
 def _say_what_to_do(merge: Any) -> Any:

@@ -77,16 +77,11 @@ def split_keys(
         elif target in state_dict:
             dense[key] = target if pattern is None else ""
 
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    if shared := sorted(target for target in expected if target in tied):
-        raise LoadError(
-            f"{shared[0]!r} is {tied[shared[0]]!r} under another name: experts that two modules "
-            "share are not read from checkpoints. Load the model without ExpertsConfig and call "
-            "expertyard.attach(model) instead."
-        )
+    same_as = _shared(model, layouts, found)
 
     def source(name: str, layout: ExpertsLayout, parameter: str) -> Source:
-        targets = [f"{name}.{theirs}" for theirs in layout.names_of(parameter)]
+        owner = same_as.get(name, name)
+        targets = [f"{owner}.{theirs}" for theirs in layout.names_of(parameter)]
         parts = [
             _source(model, checkpoint, target, layout, parameter, found.get(target, {}), by_pattern)
             for target in targets
@@ -99,10 +94,44 @@ def split_keys(
         return Flat(tuple(keys))
 
     layers = [
-        LayerSource(name, layout, {own: source(name, layout, own) for own in layout.parameters})
+        LayerSource(
+            name,
+            layout,
+            {own: source(name, layout, own) for own in layout.parameters},
+            same_as.get(name, ""),
+        )
         for name, layout in layouts.items()
     ]
     return layers, dense
+
+
+def _shared(
+    model: Any, layouts: Mapping[str, ExpertsLayout], found: Mapping[str, _Keys]
+) -> dict[str, str]:
+    """Experts module -> the other one whose experts it has, by transformers' tied weights.
+
+    The files have them under one name, whichever. LoadError if they have both, as transformers then
+    ties them only if all numbers are equal.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    same: dict[str, str] = {}
+    for name, layout in layouts.items():
+        for parameter in layout.parameter_shapes():
+            target = f"{name}.{parameter}"
+            if target not in tied:
+                continue
+            source, other = tied[target], tied[target].removesuffix(f".{parameter}")
+            if other not in layouts:
+                raise LoadError(f"{target!r} is tied to {source!r}, which no experts module has.")
+            if found.get(target) and found.get(source):
+                raise LoadError(
+                    f"{target!r} is {source!r} under another name, and the checkpoint has both. "
+                    "Load the model without ExpertsConfig and call expertyard.attach(model) "
+                    "instead."
+                )
+            alias, owner = (other, name) if found.get(target) else (name, other)
+            same[alias] = owner
+    return same
 
 
 def _source(
@@ -179,10 +208,14 @@ def _expert_number(key: str) -> int:
     return int(numbers[-1]) if numbers else -1
 
 
+# NVFP4 or MXFP8 to plain numbers; what is plain passes
+_DECODER = "Inkling2LoopDequantizeExperts"
+
+
 def _keeps_experts_apart(operation: Any) -> bool:
     """Whether an operation on [E, ...] does the same to [1, ...], one expert at a time."""
     along = [getattr(operation, name, None) for name in ("dim", "dim0", "dim1")]
-    known = {"Concatenate", "Transpose", "Interleave"}
+    known = {"Concatenate", "Transpose", "Interleave", _DECODER}
     return type(operation).__name__ in known and 0 not in along
 
 
@@ -232,7 +265,9 @@ def _rows(
             if merges:
                 collected[pattern] = [checkpoint.tensor(sources[expert])]
             else:
-                collected[pattern] = [checkpoint.tensor(sources[0])[expert : expert + 1]]
+                stacked = checkpoint.tensor(sources[0])
+                each = stacked.shape[:1] == (layout.num_experts,)  # or one scale for all of them
+                collected[pattern] = [stacked[expert : expert + 1] if each else stacked]
         for operation in converter.operations:
             collected = operation.convert(
                 collected,
@@ -246,4 +281,5 @@ def _rows(
         merged: torch.Tensor = result[0] if isinstance(result, list) else result
         return merged[0]
 
-    return Rows(tuple(key for sources in columns.values() for key in sources), row)
+    keys_read = tuple(key for sources in columns.values() for key in sources)
+    return Rows(keys_read, row, any(type(step).__name__ == _DECODER for step in rest))

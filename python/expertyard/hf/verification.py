@@ -24,6 +24,7 @@ from .attachment import covered
 from .binding import binding_of
 from .layers import is_experts, layer_number, recognise
 from .module import ExpertyardExperts
+from .outside import is_outside
 from .state import Promise, Promised, promise_of
 
 __all__ = ["LayerReport", "OtherReport", "VerifyReport", "verify"]
@@ -96,7 +97,7 @@ def verify(model: Any) -> VerifyReport:
     modules = {
         name: module
         for name, module in model.named_modules()
-        if is_experts(module) or isinstance(module, ExpertyardExperts)
+        if is_experts(module) or is_outside(module) or isinstance(module, ExpertyardExperts)
     }
     if not modules:
         raise VerifyError(f"{type(model).__name__} has no experts layer that Expertyard knows.")
@@ -162,6 +163,12 @@ def _misplaced(
         if promise.plan is not None and promised is not None and home != promised.home:
             return f"its weights were moved from {promised.home} to {home} after attach()"
         return None
+    if is_outside(module):
+        return (
+            f"transformers runs {type(module).__name__}, which experts_implementation does not "
+            "reach; load the model with quantization_config=expertyard.ExpertsConfig(), or call "
+            "expertyard.attach(model)"
+        )
     chosen = getattr(module.config, "_experts_implementation", None)
     if chosen != IMPLEMENTATION:
         return (

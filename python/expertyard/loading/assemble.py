@@ -68,7 +68,8 @@ def check(checkpoint: Checkpoint, source: LayerSource) -> None:
                         f"{checkpoint.where(key)}: is quantised, and this family's experts are "
                         "converted in a way that needs plain numbers. Load its bfloat16 version."
                     )
-                checkpoint.format(key)
+                if not where.decodes:
+                    checkpoint.format(key)
 
 
 def _expect(checkpoint: Checkpoint, key: str, shape: tuple[int, ...]) -> None:

@@ -110,10 +110,14 @@ class Flat:
 
 @dataclass(frozen=True)
 class Rows:
-    """Anything else: row(e) reads and converts what expert e's row of the parameter needs."""
+    """Anything else: row(e) reads and converts what expert e's row of the parameter needs.
+
+    decodes  whether row() makes plain numbers of quantised ones
+    """
 
     keys: tuple[str, ...]
     row: Callable[[int], torch.Tensor]
+    decodes: bool = False
 
 
 Source: TypeAlias = Whole | PerExpert | Stacked | Flat | Rows
@@ -121,8 +125,12 @@ Source: TypeAlias = Whole | PerExpert | Stacked | Flat | Rows
 
 @dataclass(frozen=True)
 class LayerSource:
-    """Where the parameters of one experts module lie: our name of a parameter -> source."""
+    """Where the parameters of one experts module lie: our name of a parameter -> source.
+
+    same_as  name of the module whose experts these are, where two modules share them; "": its own
+    """
 
     name: str
     layout: ExpertsLayout
     parameters: dict[str, Source]
+    same_as: str = ""
