@@ -5,6 +5,7 @@ It has no parameters, so transformers loads none, `.to()` moves none and acceler
 packed experts stay where the plan put them, and hidden states come to them and go back.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,13 +28,17 @@ class ExpertyardExperts(nn.Module):
         self.config = config
         self.num_experts = layout.num_experts
         self.experts = None  # until the checkpoint's experts have been read
+        # work of the block's for the time in which other devices compute: shared.py
+        self.meanwhile: Callable[[], Callable[[], None] | None] | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[num_tokens, hidden_size] -> the same shape, dtype and device."""
         experts = self.experts
         if experts is None:
             raise KernelError("These experts hold no weights: loading the model did not finish.")
-        return experts(hidden_states, top_k_index, top_k_weights)
+        if self.meanwhile is None:
+            return experts(hidden_states, top_k_index, top_k_weights)
+        return experts(hidden_states, top_k_index, top_k_weights, self.meanwhile())
 
     def extra_repr(self) -> str:
         layout, experts = self.layout, self.experts

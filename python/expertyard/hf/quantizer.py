@@ -38,6 +38,7 @@ from .place import place_dense
 from .planning import make_promises
 from .reading import Reading, current_reading
 from .running import layers_of, link
+from .shared import run_beside
 from .sources import find_sources
 from .state import Promise, Promised, remember
 
@@ -153,6 +154,9 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
         place_dense(model, plan, self._promises)
         remember(model, Promise("load", plan, self._promises, options))
         link(list(layers_of(model).values()))
+        for promised in self._promises:
+            if promised.placement is not None:
+                run_beside(model, promised.name, promised.placement.home)
         if shared is not None:
             shared.loaded()
         self._reading = None  # what is mapped is kept by the packed experts
