@@ -22,7 +22,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from ..dispatch import LayerExperts, RunOptions, join, make_policy
+from ..dispatch import LayerExperts, RunOptions, join, make_policy, measure_new
 from ..errors import ConfigError, LoadError
 from ..loading import Checkpoint, LayerSource, check, layer_bytes, metered, native_format
 from ..loading.expert import keys_of
@@ -153,7 +153,9 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
             fill_kept(model, read.kept, read.checkpoint)
         place_dense(model, plan, self._promises)
         remember(model, Promise("load", plan, self._promises, options))
-        link(list(layers_of(model).values()))
+        layers = list(layers_of(model).values())
+        link(layers)
+        measure_new(layers)
         for promised in self._promises:
             if promised.placement is not None:
                 run_beside(model, promised.name, promised.placement.home)
