@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the native module with CMake; CMakeLists.txt says what it is made of.
 
-Environment: EXPERTYARD_CUDA=ON|OFF|AUTO, EXPERTYARD_CUDA_ARCHS="90a-real;120-real",
-EXPERTYARD_BUILD_DIR, MAX_JOBS.
+Environment: EXPERTYARD_CUDA=ON|OFF|AUTO, EXPERTYARD_BUILD_DIR, MAX_JOBS;
+EXPERTYARD_CUDA_ARCHS="90a-real;120-real" or "all" (default: those of this machine's cards; all
+where there is none).
 """
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +57,29 @@ def find_nvcc() -> tuple[str, str | None] | None:
     return None
 
 
+def cuda_archs() -> str | None:
+    """CMake's names of the architectures to compile for; None: all that csrc/cuda knows.
+
+    Code for sm_80 runs on sm_86 too, so a card that is not known gets the nearest below it.
+    """
+    asked = os.environ.get("EXPERTYARD_CUDA_ARCHS")
+    if asked:
+        return None if asked == "all" else asked
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    text = (ROOT / "csrc/cuda/CMakeLists.txt").read_text(encoding="utf-8")
+    known = sorted({int(name) for name in re.findall(r"\b(\d+)a?-real\b", text)})
+    found = set()
+    for major, minor in re.findall(r"^(\d+)\.(\d)$", done.stdout, re.MULTILINE):
+        card = int(major + minor)
+        if below := [arch for arch in known if arch <= card and arch // 10 == card // 10]:
+            found.add(below[-1])
+    return ";".join("90a-real" if arch == 90 else f"{arch}-real" for arch in sorted(found)) or None
+
+
 class CMakeBuild(build_ext):
     def run(self) -> None:
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -81,9 +106,10 @@ class CMakeBuild(build_ext):
             if libraries:
                 paths = [libraries, env.get("LIBRARY_PATH", "")]
                 env["LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
-        for name in ("EXPERTYARD_CUDA", "EXPERTYARD_CUDA_ARCHS"):
-            if os.environ.get(name):
-                configure.append(f"-D{name}={os.environ[name]}")
+        if os.environ.get("EXPERTYARD_CUDA"):
+            configure.append(f"-DEXPERTYARD_CUDA={os.environ['EXPERTYARD_CUDA']}")
+        archs = cuda_archs()
+        configure.append(f"-DEXPERTYARD_CUDA_ARCHS={archs}" if archs else "-UEXPERTYARD_CUDA_ARCHS")
         if shutil.which("ninja", path=env["PATH"]):
             configure += ["-G", "Ninja"]
 

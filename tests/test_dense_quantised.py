@@ -13,10 +13,11 @@ from torch import nn
 
 import checkpoint_writers as writers
 import expertyard as ey
-from expertyard.errors import ConfigError, KernelError, LoadError
+from expertyard.errors import ConfigError, KernelError, LoadError, VerifyError
 from expertyard.formats import get_format
 from expertyard.hf.state import promise_of
 from expertyard.linear import PackedLinear
+from expertyard.native import _C
 from hf_families import greedy, load, logits, prompts
 from test_from_pretrained import quantised
 
@@ -33,8 +34,11 @@ def test_every_layout_keeps_its_codes_and_its_numbers(tmp_path, layout):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = ey.from_pretrained(folder, dtype=torch.float32, mode="exact")
-    ey.verify(model)
     kept, reference = kept_layers(model), load(truth)
+    (row,) = ey.verify(model).others
+    assert (row.format, row.device, row.num_layers) == (writers.FORMATS[layout], "cpu", len(kept))
+    assert row.kernel in {kernel["name"] for kernel in _C.kernels() if kernel["runnable"]}
+    assert row.nbytes == sum(layer.nbytes for layer in kept.values())
     assert len(kept) == 4 * model.config.num_hidden_layers
     for name, layer in kept.items():
         assert layer.format == writers.FORMATS[layout]
@@ -109,6 +113,16 @@ def test_what_reads_the_weight_is_told(tmp_path):
     layer = next(iter(kept_layers(ey.from_pretrained(folder)).values()))
     with pytest.raises(AttributeError, match='dense="plain"'):
         layer.weight  # noqa: B018
+
+
+def test_verify_names_a_layer_that_cannot_run(tmp_path):
+    folder, _ = quantised(tmp_path, "awq", dense=True)
+    model = ey.from_pretrained(folder, dtype=torch.float32)
+    name, layer = next(iter(kept_layers(model).items()))
+    assert "8 linear layers that are no experts" in str(ey.verify(model))
+    layer.packed = layer.packed[:-64]
+    with pytest.raises(VerifyError, match=f"{name}: it cannot run"):
+        ey.verify(model)
 
 
 def test_damaged_scales_are_an_error_that_names_them(tmp_path):

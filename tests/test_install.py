@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -69,6 +70,32 @@ def test_the_installed_package_generates(wheel: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "verified: " in done.stdout
     assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("cards", "asked", "expected"),
+    [
+        ("8.6\\n8.6", "", "86-real"),
+        ("8.0\\n9.0", "", "80-real;90a-real"),
+        ("8.7", "", "86-real"),  # not known: the nearest below it
+        ("10.3\\n12.1", "", "100-real;120-real"),
+        ("7.5", "", None),  # too old for any
+        ("[N/A]", "", None),
+        ("8.6", "all", None),
+        ("8.6", "120-real", "120-real"),
+        (None, "", None),
+    ],
+)
+def test_a_build_is_for_the_cards_that_are_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cards: str | None, asked: str, expected: object
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\nprintf '{cards}\\n'\n" if cards else "#!/bin/sh\nexit 9\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("EXPERTYARD_CUDA_ARCHS", asked)
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    assert runpy.run_path(str(ROOT / "setup.py"))["cuda_archs"]() == expected
 
 
 def test_a_build_without_torch_says_what_to_do(tmp_path: Path) -> None:

@@ -45,6 +45,15 @@ def test_list_order_counts_and_a_single_entry_keeps_its_ordinal() -> None:
     assert devices(plan("1:16")) == ["cuda:1"] * 16 + ["cpu"] * 16
 
 
+@pytest.mark.parametrize("gpu", [0, 1])
+def test_what_is_outside_the_layers_goes_to_a_gpu_that_has_layers(gpu: int) -> None:
+    """Two equal GPUs read it equally fast: sums that differ by rounding do not decide."""
+    memory = {"cuda:0": "1TiB", "cuda:1": "1TiB", "cpu": "1TiB"}
+    for number in range(1, 32):
+        made = plan(f"{gpu}:{number}", memory=memory)
+        assert set(made.modules.values()) == {f"cuda:{gpu}"}, number
+
+
 @pytest.mark.parametrize("value", [0, "0", "0:0", "0:0;1:0"])
 def test_no_layers_is_all_on_the_cpu(value: Any) -> None:
     assert devices(plan(value)) == ["cpu"] * 32

@@ -105,6 +105,17 @@ class PackedLinear(nn.Module):
         return super().__getattr__(name)
 
     @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.packed is None else self.packed.device
+
+    def kernel(self, dtype: torch.dtype) -> str:
+        """What multiplies rows of that dtype: the name of a kernel, or "torch"."""
+        if self.device.type != "cpu":
+            return "torch"
+        base = _PACKINGS[self._code, self._group].format.base
+        return str(_C.kernel_name(base, str(dtype).removeprefix("torch."), "blocks", "exact"))
+
+    @property
     def nbytes(self) -> int:
         return 0 if self.packed is None else self.packed.nbytes
 

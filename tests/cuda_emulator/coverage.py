@@ -19,7 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 EMULATOR = Path(__file__).resolve().parent
-TESTS = ("experts_test.cpp", "packed_test.cpp", "simt_test.cpp")
+TESTS = (
+    "experts_test.cpp", "stream_test.cpp", "grouped_test.cpp", "wgmma_test.cpp",
+    "wgmma_fast_test.cpp", "choice_test.cpp", "simt_test.cpp",
+)  # fmt: skip
 FLAGS = (
     "-std=c++20", "-O0", "--coverage", "-Wno-unknown-pragmas", "-x", "c++", "-c",
     '-DEXPERTYARD_CUDA_ARCHS="80-real"', "-DEXPERTYARD_HOPPER=1",

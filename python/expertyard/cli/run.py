@@ -355,6 +355,11 @@ def summary(report: Any) -> Iterator[str]:
             f"verified: {kernel} on {device} runs {experts} experts of {len(rows)} {layers} "
             f"({size / 2**30:.3g} GiB)"
         )
+    for other in report.others:
+        yield (
+            f"verified: {other.kernel} on {other.device} runs {other.num_layers} quantised layers "
+            f"that are no experts ({other.nbytes / 2**30:.3g} GiB)"
+        )
 
 
 def generate_and_report(model: Any, tokenizer: Any, prompt_ids: Any, args: Any) -> None:

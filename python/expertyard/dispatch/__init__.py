@@ -3,7 +3,7 @@
 
 from .build import build
 from .copies import bring, spread
-from .crossover import choose, measure
+from .crossover import choose, measure, measure_new
 from .explain import explain
 from .layer import LayerExperts, Part
 from .options import RunOptions
@@ -30,6 +30,7 @@ __all__ = [
     "join",
     "make_policy",
     "measure",
+    "measure_new",
     "place_experts",
     "split_rank",
     "spread",

@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ __all__ = ["LayerExperts", "Part", "layer_of"]
 _keys = itertools.count(1)
 _layers: "weakref.WeakValueDictionary[int, LayerExperts]" = weakref.WeakValueDictionary()
 Finish = Callable[[], Tensor]
+T = TypeVar("T")
 
 
 class Part:
@@ -74,6 +75,7 @@ class LayerExperts:
     after    called with (self, topk_ids) when a call is done: statistics and policies
     desks    for hand-offs between a real GPU and the CPU; one object for all layers of a model
     next     the layer that adds what this one defers (RunOptions.defer), or None: nothing is
+    overlaps  whether a call leaves its GPU waiting for other devices: room for a `meanwhile`
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class LayerExperts:
         self.next: LayerExperts | None = None
         self.defers_any = False  # also in calls of many tokens: to see what it does to a prompt
         self._late: Ticket | None = None  # the share of the layer before, still at work
+        self._meanwhile: Callable[[], object] | None = None  # of the call that runs
         self.moved: dict[int, str] = {}  # expert -> device, of those that are not where planned
         self._kept: dict[int, Expert] = {}  # experts on GPUs whose copy in RAM is still there
         self._lock = threading.RLock()
@@ -116,6 +119,11 @@ class LayerExperts:
         self._together = _Together(p for p in self._order if p.is_ours_here)
         self._are_together = len(self._together.parts) == len(self.parts) > 0
         self._asked = self._capturable()
+        self.overlaps = (
+            self._home_device != "cpu"
+            and self.group is None
+            and not all(self._is_home(part) for part in self.parts)
+        )
         self._stream_from = min(
             (p.stream_from for p in self.parts if p.stream_from is not None), default=1 << 62
         )
@@ -156,17 +164,28 @@ class LayerExperts:
             f"this process, got {expert}."
         )
 
-    def __call__(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> Tensor:
         """[num_tokens, hidden_size] -> the same shape and dtype, at home.
 
+        meanwhile  work of the caller's on the layer's GPU, called once: where the layer `overlaps`,
+                   after other devices got their parts and before theirs is waited for. Its error
+                   is the call's, once the parts have ended. Not for compiled calls.
         Raises KernelError for wrong arguments, DeviceError for a device that fails or hangs.
         """
         if torch.compiler.is_compiling():
             return self._compiled(hidden_states, topk_ids, topk_weights)
         if torch.is_grad_enabled() and (hidden_states.requires_grad or topk_weights.requires_grad):
+            if meanwhile is not None:
+                meanwhile()
             out: Tensor = _moe_layer(hidden_states, topk_ids, topk_weights, self.key)
             return out
-        return self.run(hidden_states, topk_ids, topk_weights)
+        return self.run(hidden_states, topk_ids, topk_weights, meanwhile)
 
     def _compiled(self, hidden_states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if self._plain is not None and self.after is None and not virtual.number():
@@ -174,9 +193,16 @@ class LayerExperts:
         out: Tensor = _moe_layer(hidden_states, ids, weights, self.key)
         return out
 
-    def run(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    def run(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> Tensor:
         """The same, eager and without a gradient."""
         with self._lock:
+            self._meanwhile = meanwhile
             plain = self._plain
             late, self._late = self._late, None
             chosen = topk_ids
@@ -193,9 +219,22 @@ class LayerExperts:
                 out = self._run_plain(plain, hidden_states, topk_ids, topk_weights)
             else:
                 out = self._run_parts(hidden_states, topk_ids, topk_weights, late)
+            self._run_meanwhile(hidden_states.shape[0])  # where there was nothing to wait for
             if self.after is not None:
                 self.after(self, chosen)
             return out
+
+    def _run_meanwhile(self, num_tokens: int) -> None:
+        """What the caller wants done while other devices compute; once a call."""
+        work, self._meanwhile = self._meanwhile, None
+        if work is None:
+            return
+        tracer = trace.active()
+        if tracer is None:
+            work()
+        else:
+            name = f"layer {self.layer} shared experts"
+            _traced(tracer, name, self._home_device, num_tokens, work)
 
     def _defer(self, later: "LayerExperts", hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Gives the least weighted experts of each token on the CPU to its lane, for the next layer
@@ -271,7 +310,15 @@ class LayerExperts:
         if not is_here and self._asks_cpu(num_tokens, may_round):
             return self._ask_cpu(hidden, ids, weights)
         if is_here and self._are_together and num_tokens < self._stream_from:
-            return self._run_together(self._together, hidden, ids, weights, may_round)
+            if self._meanwhile is None:
+                return self._run_together(self._together, hidden, ids, weights, may_round)
+            finish = self._begin_together(self._together, hidden, ids, weights, may_round)
+            try:
+                self._run_meanwhile(num_tokens)
+            except BaseException:
+                finish()
+                raise
+            return finish()
         begun: list[tuple[Part, Finish]] = []
         ours: list[Part] = []
         # A copy to the CPU waits for what was queued before it, so it is queued first; what the
@@ -284,11 +331,14 @@ class LayerExperts:
                 begun.append((part, self._begin(part, streams, hidden, ids, weights)))
         if ours:
             together = _Together(ours)
-            begun.insert(
-                0, (ours[0], lambda: self._run_together(together, hidden, ids, weights, False))
-            )
+            finish = self._begin_together(together, hidden, ids, weights, False)
+            begun.insert(0, (ours[0], finish))
         total: Tensor | None = None
         error: BaseException | None = None
+        try:
+            self._run_meanwhile(num_tokens)
+        except BaseException as problem:
+            error = problem
         for part, finish in begun:  # the CPU first; every ticket is waited for, whatever happens
             try:
                 share = finish()
@@ -338,11 +388,18 @@ class LayerExperts:
         if home is not None:
             name = f"layer {self.layer}"
             share = _work(name, home.packed, home.op, None, home.local, *question)
+        error: BaseException | None = None
+        try:
+            self._run_meanwhile(hidden.shape[0])
+        except BaseException as problem:  # what was asked for is collected all the same
+            error = problem
         for one in sent:
             arrived = one.collect()
             share = arrived if share is None else share.add_(arrived)
         if asked is not None:
-            return asked.collect(share)
+            share = asked.collect(share)
+        if error is not None:
+            raise error
         assert share is not None
         return share.to(hidden.dtype)
 
@@ -353,6 +410,21 @@ class LayerExperts:
         self.desks.check()
         for part in self.parts:
             part.packed.check()
+
+    def _begin_together(
+        self, parts: "_Together", hidden: Tensor, ids: Tensor, weights: Tensor, may_round: bool
+    ) -> Finish:
+        """Parts in this machine's memory: computed by the caller when it waits for them; by another
+        thread from now on if the caller has work of its own for the meantime."""
+        if self._meanwhile is None or not self.overlaps or self.options.defer:
+            return lambda: self._run_together(parts, hidden, ids, weights, may_round)
+        ticket = submit("cpu", self._run_together, parts, hidden, ids, weights, may_round)
+
+        def collect() -> Tensor:  # as long as it takes, as in the caller's thread
+            out: Tensor = ticket.wait(threading.TIMEOUT_MAX, f"its part of layer {self.layer}")
+            return out
+
+        return collect
 
     def _run_together(
         self, parts: "_Together", hidden: Tensor, ids: Tensor, weights: Tensor, may_round: bool
@@ -578,8 +650,8 @@ def _work(
 
 
 def _traced(
-    tracer: trace.Tracer, name: str, device: str, tokens: int, compute: Callable[[], Tensor]
-) -> Tensor:
+    tracer: trace.Tracer, name: str, device: str, tokens: int, compute: Callable[[], T]
+) -> T:
     if device.startswith("cuda") and virtual.gpu(device) is None:
         begin = tracer.gpu_begin(device)
         out = compute()

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..dispatch import RunOptions
+from ..dispatch import LayerExperts, RunOptions, measure_new
 from ..dispatch.parallel import ranks_of
 from ..errors import ConfigError
 from .binding import bind, lay_out_as_declared, unbind
@@ -56,12 +56,14 @@ def attach(model: Any, config: ExpertsConfig | None = None) -> Any:
             "attach: experts of other processes are for models loaded with ExpertsConfig only."
         )
     done: list[nn.Module] = []
+    layers: list[LayerExperts] = []
     try:
         for promised in promises:
             module = modules[promised.name]
             done.append(module)
-            bind(module, promised.placement, options, promised.layer).experts()
+            layers.append(bind(module, promised.placement, options, promised.layer).experts())
             _cover(module)
+        measure_new(layers)
     except BaseException:
         for module in done:
             _uncover(module)

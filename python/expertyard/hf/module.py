@@ -5,6 +5,7 @@ It has no parameters, so transformers loads none, `.to()` moves none and acceler
 packed experts stay where the plan put them, and hidden states come to them and go back.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ class ExpertyardExperts(nn.Module):
         self.config = config
         self.num_experts = layout.num_experts
         self.experts = None  # until the checkpoint's experts have been read
+        # work of the block's for the time in which other devices compute: shared.py
+        self.meanwhile: Callable[[], Callable[[], None] | None] | None = None
 
     def stand_in(self, there: bool) -> None:
         """Puts nothing under the names of the experts' parameters, or takes it away again.
@@ -51,7 +54,9 @@ class ExpertyardExperts(nn.Module):
         experts = self.experts
         if experts is None:
             raise KernelError("These experts hold no weights: loading the model did not finish.")
-        return experts(hidden_states, top_k_index, top_k_weights)
+        if self.meanwhile is None:
+            return experts(hidden_states, top_k_index, top_k_weights)
+        return experts(hidden_states, top_k_index, top_k_weights, self.meanwhile())
 
     def extra_repr(self) -> str:
         layout, experts = self.layout, self.experts

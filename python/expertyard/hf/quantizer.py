@@ -22,7 +22,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from ..dispatch import LayerExperts, RunOptions, join, make_policy
+from ..dispatch import LayerExperts, RunOptions, join, make_policy, measure_new
 from ..errors import ConfigError, LoadError
 from ..loading import Checkpoint, LayerSource, check, layer_bytes, metered, native_format
 from ..loading.expert import keys_of
@@ -46,6 +46,7 @@ from .place import place_dense
 from .planning import make_promises
 from .reading import Reading, current_reading
 from .running import layers_of, link
+from .shared import run_beside
 from .sources import find_sources
 from .state import Promise, Promised, remember
 
@@ -182,7 +183,12 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
             fill_kept(model, read.kept, read.checkpoint)
         place_dense(model, plan, self._promises)
         remember(model, Promise("load", plan, self._promises, options))
-        link(list(layers_of(model).values()))
+        layers = list(layers_of(model).values())
+        link(layers)
+        measure_new(layers)
+        for promised in self._promises:
+            if promised.placement is not None:
+                run_beside(model, promised.name, promised.placement.home)
         if shared is not None:
             shared.loaded()
         self._reading = None  # what is mapped is kept by the packed experts

@@ -3,10 +3,10 @@
 
 Each experts module is called with a token for each device that has some of its experts, and the
 native counter there must say that a kernel served exactly one call. What a configuration claims
-does not count.
+does not count. Other quantised layers, which have one way to run on each device, are run too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import nn
 
 from ..devices import device_of
 from ..dispatch import LayerExperts, split_rank
-from ..errors import PlanError, VerifyError
+from ..errors import KernelError, PlanError, VerifyError
+from ..linear import PackedLinear
 from ..registration import IMPLEMENTATION
 from ..weights import PackedExperts
 from .attachment import covered
@@ -26,7 +27,7 @@ from .module import ExpertyardExperts
 from .outside import is_outside
 from .state import Promise, Promised, promise_of
 
-__all__ = ["LayerReport", "VerifyReport", "verify"]
+__all__ = ["LayerReport", "OtherReport", "VerifyReport", "verify"]
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,23 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class OtherReport:
+    """Quantised layers that are no experts, of one format on one device. kernel: "torch" where
+    their weights are made plain for each call."""
+
+    kernel: str
+    device: str
+    format: str
+    num_layers: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class VerifyReport:
-    """Every experts layer of the model; prints as a table."""
+    """Every experts layer of the model, and its other quantised layers; prints as a table."""
 
     layers: tuple[LayerReport, ...]
+    others: tuple[OtherReport, ...] = ()
 
     def __rich__(self) -> Table:
         table = Table()
@@ -58,6 +72,10 @@ class VerifyReport:
         for row in self.layers:
             cells = (row.layer, row.name, row.num_experts, row.format, row.device, row.kernel)
             table.add_row(*map(str, cells), f"{row.nbytes / 2**30:.3g}")
+        for other in self.others:
+            what = f"{other.num_layers} linear layers that are no experts"
+            gib = f"{other.nbytes / 2**30:.3g}"
+            table.add_row("", what, "", other.format, other.device, other.kernel, gib)
         return table
 
     def __str__(self) -> str:
@@ -104,7 +122,28 @@ def verify(model: Any) -> VerifyReport:
             f"{len(faults)} of {len(modules)} experts layers are not as they should be:\n  "
             + "\n  ".join(faults)
         )
-    return VerifyReport(tuple(sorted(reports, key=lambda report: report.layer)))
+    others = _run_others(model, dtype)
+    return VerifyReport(tuple(sorted(reports, key=lambda report: report.layer)), others)
+
+
+def _run_others(model: nn.Module, dtype: torch.dtype) -> tuple[OtherReport, ...]:
+    """Runs a token through every quantised layer that is no expert. Raises VerifyError."""
+    found: dict[tuple[str, str, str], OtherReport] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, PackedLinear):
+            continue
+        try:
+            with torch.no_grad():
+                row = torch.full((1, module.in_features), 0.5, dtype=dtype, device=module.device)
+                module(row)
+        except KernelError as error:
+            raise VerifyError(f"{name}: it cannot run: {error}") from None
+        key = (module.kernel(dtype), str(module.device), module.format)
+        known = found.get(key, OtherReport(*key, 0, 0))
+        found[key] = replace(
+            known, num_layers=known.num_layers + 1, nbytes=known.nbytes + module.nbytes
+        )
+    return tuple(found.values())
 
 
 def _misplaced(

@@ -36,9 +36,17 @@ def solve(problem: Problem) -> Assignment | None:
     if not found or not _all_alike(problem):
         cut = _best(problem)
         found += [cut] if cut is not None else []
-    return min(
-        found, key=lambda made: seconds_per_token(problem, account(problem, made)), default=None
-    )
+    return min(found, key=lambda made: _rank(problem, made), default=None)
+
+
+def _rank(problem: Problem, made: Assignment) -> tuple[float, int]:
+    """Less is better: time, where it differs by more than rounding, then devices that take part.
+
+    So a head that could be on either of two equal GPUs goes to one that has layers.
+    """
+    seconds = seconds_per_token(problem, account(problem, made))
+    used = {*made.layers, *made.modules.values(), *(d for row in made.experts for d in row)}
+    return float(f"{seconds:.12g}"), len(used)
 
 
 def best_effort(problem: Problem) -> Assignment:
