@@ -5,6 +5,7 @@ those of transformers' own loading, or the family is refused with a sentence.
 Minutes long, so it runs with `-m slow`; test_hf_roads runs some of them with every change.
 """
 
+import inspect
 from functools import partial
 
 import pytest
@@ -316,6 +317,44 @@ def test_inkling2_loops_nvfp4_and_mxfp8_experts_are_read_as_transformers_reads_t
     assert (expected - logits(model, batch())).abs().max() > 0.1
     ours = load(quantization_config=ey.ExpertsConfig()).eval()
     torch.testing.assert_close(logits(ours, batch()), expected, rtol=1e-4, atol=1e-4)
+
+
+# families whose shared experts are understood (hf/shared.py), by name of their class
+SHARED = sorted({
+    "afmoe", "axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe",
+    "exaone_moe", "glm4_moe", "glm4_moe_lite", "hunyuan_v1_moe", "hy_v3", "kimi_linear", "laguna",
+    "llama4_text", "minimax_m3_vl_text", "mistral4", "nemotron_h", "qwen2_moe", "qwen3_5_moe_text",
+    "qwen3_next", "solar_open", "step3p7",
+} & {*COMPUTED})  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_shared_experts_beside_the_cpus_give_the_same_bits(family, tmp_path, monkeypatch):
+    model = randomise(model_of(tiny(family), dtype=torch.float32))
+    model.save_pretrained(tmp_path)
+    monkeypatch.setenv("EXPERTYARD_VIRTUAL_GPUS", "1")
+    placed = ey.ExpertsConfig(layers=f"0:{model.config.get_text_config().num_hidden_layers}",
+                              gpu_experts=1)  # fmt: skip
+    found, overlapped = [], []
+    for on in "01":
+        monkeypatch.setenv("EXPERTYARD_SHARED_OVERLAP", on)
+        loaded = type(model).from_pretrained(tmp_path, dtype=torch.float32,
+                                             quantization_config=placed).eval()  # fmt: skip
+        logits(loaded, batch())  # the first call shows what comes out
+        shared = [m.meanwhile.__self__ for m in loaded.modules() if getattr(m, "meanwhile", None)]
+        for one in shared:
+            one._compute = partial(_seen, one._compute, one, overlapped)
+        found.append(logits(loaded, batch()))
+        assert bool(shared) == (on == "1") and not any(one.off for one in shared)
+    assert torch.equal(*found)
+    assert len(overlapped) == len(shared) and all(overlapped)
+
+
+def _seen(compute, shared, overlapped, *arguments):
+    """Notes whether the experts' call runs them, not the block's own."""
+    frame = inspect.currentframe().f_back
+    overlapped.append(frame.f_code.co_name in ("_fill", "_ahead"))
+    return compute(*arguments)
 
 
 @pytest.mark.parametrize("family", REFUSED_CHECKPOINTS)
