@@ -17,16 +17,26 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CUDA = ROOT / "csrc" / "cuda"
+CSRC = ROOT / "csrc"
+CUDA = CSRC / "cuda"
 EMULATOR = Path(__file__).resolve().parent
 TESTS = (
     "experts_test.cpp", "stream_test.cpp", "grouped_test.cpp", "wgmma_test.cpp",
     "wgmma_fast_test.cpp", "choice_test.cpp", "simt_test.cpp",
 )  # fmt: skip
+# the hand-off has the host's side beside its kernels, and none of the others
+HANDOFF = "handoff_test.cpp"
+BESIDE = (
+    "cuda/device.cu",
+    "cuda/handoff.cu",
+    "handoff/lane.cpp",
+    "handoff/signal.cpp",
+    "cpu/threads.cpp",
+)
 FLAGS = (
     "-std=c++20", "-O0", "--coverage", "-Wno-unknown-pragmas", "-x", "c++", "-c",
     '-DEXPERTYARD_CUDA_ARCHS="80-real"', "-DEXPERTYARD_HOPPER=1",
-    f"-I{ROOT / 'csrc'}", f"-I{CUDA}", f"-I{EMULATOR}",
+    f"-I{CSRC}", f"-I{CUDA}", f"-I{EMULATOR}",
 )  # fmt: skip
 
 
@@ -44,11 +54,15 @@ def run_tests(folder: Path) -> None:
     def compile_file(source: Path) -> None:
         run("g++", *FLAGS, source, "-o", f"{source.name}.o", cwd=folder)
 
+    host = [CSRC / name for name in BESIDE if not name.startswith("cuda/")]
+    tests = [EMULATOR / test for test in (*TESTS, HANDOFF)]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(compile_file, [*kernels, *(EMULATOR / test for test in TESTS)]))
+        list(pool.map(compile_file, [*kernels, *host, *tests]))
     objects = [f"{source.name}.o" for source in kernels]
-    for test in TESTS:
-        run("g++", "--coverage", f"{test}.o", *objects, "-o", "program", cwd=folder)
+    beside = [f"{Path(name).name}.o" for name in BESIDE]
+    for test in (*TESTS, HANDOFF):
+        others = beside if test == HANDOFF else objects
+        run("g++", "--coverage", "-pthread", f"{test}.o", *others, "-o", "program", cwd=folder)
         run(folder / "program", cwd=folder)
 
 
