@@ -18,6 +18,9 @@ EXPERTS = re.compile(
 )
 
 
+ROOT = Path(__file__).parents[1]
+
+
 def folders() -> set[str]:
     """Folders of transformers' models whose code has a class of experts."""
     spec = importlib.util.find_spec("transformers.models")
@@ -37,3 +40,10 @@ def test_every_family_with_experts_is_in_a_list():
     names = {re.sub("_(text|thinker)$", "", name) for name in listed}
     assert folders() - names == set()
     assert folders()
+
+
+def test_readme_and_docs_say_how_many_families_are_computed():
+    families = {re.sub("_(text|thinker)$", "", name) for name in matrix.COMPUTED}
+    for page in ("README.md", "docs/huggingface.md"):
+        found = re.findall(r"(\d+) families", (ROOT / page).read_text(encoding="utf-8"))
+        assert found == [str(len(families))], page
