@@ -8,6 +8,7 @@ is opened as loading would open it, so that the plan has the formats that expert
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,14 +37,12 @@ class Target:
 def open_target(target: str) -> Target:
     """Raises SpecError, LoadError or KernelError."""
     path = Path(target)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.suffix == ".gguf" and os.path.isfile(target):  # False for what can be no path at all
         return _opened(path)
-    if not path.is_dir():
-        return Target(resolve_target(target))
-    if (path / "expertyard.json").is_file():
+    if os.path.isfile(path / "expertyard.json"):
         return _opened(path)
     spec = resolve_target(target)
-    if not _is_quantised(path, spec):
+    if not os.path.isdir(target) or not _is_quantised(path, spec):
         return Target(spec)
     try:
         return _opened(path)

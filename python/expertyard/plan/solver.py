@@ -40,13 +40,12 @@ def solve(problem: Problem) -> Assignment | None:
 
 
 def _rank(problem: Problem, made: Assignment) -> tuple[float, int]:
-    """Less is better: time, where it differs by more than rounding, then devices that take part.
+    """Less is better: time, where it differs by more than rounding, then devices without layers.
 
     So a head that could be on either of two equal GPUs goes to one that has layers.
     """
     seconds = seconds_per_token(problem, account(problem, made))
-    used = {*made.layers, *made.modules.values(), *(d for row in made.experts for d in row)}
-    return float(f"{seconds:.12g}"), len(used)
+    return float(f"{seconds:.12g}"), len({*made.modules.values()} - {*made.layers})
 
 
 def best_effort(problem: Problem) -> Assignment:
