@@ -5,6 +5,7 @@ those of transformers' own loading, or the family is refused with a sentence.
 Minutes long, so it runs with `-m slow`; test_hf_roads runs some of them with every change.
 """
 
+import importlib
 import inspect
 from functools import partial
 
@@ -107,7 +108,7 @@ OWN = {
         "ffn_config": {"ffn_hidden_size": 40, "moe_top_k": 2},
     },
     "nemotron_h": {
-        "layers_block_type": ["moe", "full_attention"], "moe_latent_size": 48,
+        "layers_block_type": ["moe", "attention"], "moe_latent_size": 48,
         "moe_shared_expert_intermediate_size": 32,
     },
     "muse_spark": {
@@ -172,7 +173,12 @@ def tiny(family):
         base = AutoConfig.for_model(family)
     except ValueError:
         pytest.skip(f"this transformers has no {family}")
-    return AutoConfig.for_model(family, **small(base, SMALL, OWN.get(family, {})))
+    config = AutoConfig.for_model(family, **small(base, SMALL, OWN.get(family, {})))
+    if family == "dbrx":
+        router = importlib.import_module("transformers.models.dbrx.modeling_dbrx").DbrxRouter
+        if router(config.ffn_config).hidden_size != config.d_model:
+            pytest.skip("this transformers (5.7) gives DBRX's router its experts' width: none runs")
+    return config
 
 
 def small(base, sizes, own):
