@@ -4,38 +4,9 @@
 
 using namespace packed;
 
-TEST(grouped_every_kind_of_packing) {
-  for (const Kind& kind : kinds()) {
-    for (int hidden : {264, 133}) {
-      Shape s = shape_of(kind);
-      s.tokens = 5;
-      s.num_experts = hidden == 264 ? 1 : 2;
-      s.hidden = hidden;  // 133: rows of x are no multiples of 16 bytes
-      s.intermediate = hidden == 264 ? 40 : 200;
-      s.sentinels = false;
-      CHECK(Problem(s, 1).isa() == "cuda_grouped");
-      run_and_check(s);
-    }
-  }
-}
+TEST(grouped_every_kind_of_packing) { check_every_kind("cuda_grouped"); }
 
-TEST(grouped_every_type_and_activation) {
-  for (const Kind& kind : formats()) {
-    for (DType hidden : {DType::kBF16, DType::kF16, DType::kF32}) {
-      for (bool bias : {false, true}) {
-        Shape s = shape_of(kind);
-        s.tokens = 9;
-        s.num_experts = 2;
-        s.hidden_dtype = hidden;
-        s.activation = Activation(int(hidden));
-        s.bias = bias;
-        s.ids_are_int64 = bias;
-        CHECK(Problem(s, 1).isa() == "cuda_grouped");
-        run_and_check(s);
-      }
-    }
-  }
-}
+TEST(grouped_every_type_and_activation) { check_every_type("cuda_grouped"); }
 
 TEST(grouped_every_activation) {
   for (Activation activation : testing::kActivations) {
@@ -83,19 +54,7 @@ TEST(grouped_many_experts) {
   run_and_check(s);
 }
 
-TEST(grouped_edge_shapes) {
-  const int sizes[][2] = {{1, 1}, {3, 40}, {40, 3}, {1030, 24}, {72, 1305}, {2880, 16}};
-  for (const Kind& kind : formats()) {
-    for (const auto& [hidden, intermediate] : sizes) {
-      Shape s = shape_of(kind);
-      s.tokens = 2;
-      s.hidden = hidden;
-      s.intermediate = intermediate;
-      s.hidden_dtype = DType::kF32;
-      run_and_check(s);
-    }
-  }
-}
+TEST(grouped_edge_shapes) { check_edge_shapes(); }
 
 TEST(grouped_groups_and_formats_that_no_kernel_serves_are_refused) {
   for (int group : {8, 48}) {  // shorter than a quad; no part of a chunk

@@ -410,6 +410,52 @@ inline void check_schedules(const Shape& s, int multiprocessors) {
   emu::options.seed = seed;
 }
 
+// What both families of kernels for many tokens have to pass.
+inline void check_every_kind(const char* isa) {
+  for (const Kind& kind : kinds()) {
+    for (int hidden : {264, 133}) {
+      Shape s = shape_of(kind);
+      s.tokens = 5;
+      s.num_experts = hidden == 264 ? 1 : 2;
+      s.hidden = hidden;  // 133: rows of x are no multiples of 16 bytes
+      s.intermediate = hidden == 264 ? 40 : 200;
+      s.sentinels = false;
+      CHECK(Problem(s, 1).isa() == isa);
+      run_and_check(s);
+    }
+  }
+}
+inline void check_every_type(const char* isa) {
+  for (const Kind& kind : formats()) {
+    for (DType hidden : {DType::kBF16, DType::kF16, DType::kF32}) {
+      for (bool bias : {false, true}) {
+        Shape s = shape_of(kind);
+        s.tokens = 9;
+        s.num_experts = 2;
+        s.hidden_dtype = hidden;
+        s.activation = Activation(int(hidden));
+        s.bias = bias;
+        s.ids_are_int64 = bias;
+        CHECK(Problem(s, 1).isa() == isa);
+        run_and_check(s);
+      }
+    }
+  }
+}
+inline void check_edge_shapes() {
+  const int sizes[][2] = {{1, 1}, {3, 40}, {40, 3}, {1030, 24}, {72, 1305}, {2880, 16}};
+  for (const Kind& kind : formats()) {
+    for (const auto& [hidden, intermediate] : sizes) {
+      Shape s = shape_of(kind);
+      s.tokens = 2;
+      s.hidden = hidden;
+      s.intermediate = intermediate;
+      s.hidden_dtype = DType::kF32;
+      run_and_check(s);
+    }
+  }
+}
+
 // An id that names no expert makes its token NaN; the next call says so, once.
 inline void check_bad_id(const Shape& s) {
   for (int64_t bad : {int64_t(-2), int64_t(5)}) {

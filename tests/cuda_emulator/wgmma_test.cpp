@@ -6,18 +6,7 @@ using namespace packed;
 
 TEST(wgmma_every_kind_of_packing) {
   const OnHopper hopper;
-  for (const Kind& kind : kinds()) {
-    for (int hidden : {264, 133}) {
-      Shape s = shape_of(kind);
-      s.tokens = 5;
-      s.num_experts = hidden == 264 ? 1 : 2;
-      s.hidden = hidden;  // 133: rows of x are no multiples of 16 bytes
-      s.intermediate = hidden == 264 ? 40 : 200;
-      s.sentinels = false;
-      CHECK(Problem(s, 1).isa() == "cuda_wgmma");
-      run_and_check(s);
-    }
-  }
+  check_every_kind("cuda_wgmma");
 }
 
 TEST(wgmma_rows_longer_than_the_ring) {
@@ -36,20 +25,7 @@ TEST(wgmma_rows_longer_than_the_ring) {
 
 TEST(wgmma_every_type_and_activation) {
   const OnHopper hopper;
-  for (const Kind& kind : formats()) {
-    for (DType hidden : {DType::kBF16, DType::kF16, DType::kF32}) {
-      for (bool bias : {false, true}) {
-        Shape s = shape_of(kind);
-        s.tokens = 9;
-        s.num_experts = 2;
-        s.hidden_dtype = hidden;
-        s.activation = Activation(int(hidden));
-        s.bias = bias;
-        s.ids_are_int64 = bias;
-        run_and_check(s);
-      }
-    }
-  }
+  check_every_type("cuda_wgmma");
 }
 
 TEST(wgmma_every_activation) {
@@ -86,17 +62,7 @@ TEST(wgmma_tiles_and_items) {
 
 TEST(wgmma_edge_shapes) {
   const OnHopper hopper;
-  const int sizes[][2] = {{1, 1}, {3, 40}, {40, 3}, {1030, 24}, {72, 1305}, {2880, 16}};
-  for (const Kind& kind : formats()) {
-    for (const auto& [hidden, intermediate] : sizes) {
-      Shape s = shape_of(kind);
-      s.tokens = 2;
-      s.hidden = hidden;
-      s.intermediate = intermediate;
-      s.hidden_dtype = DType::kF32;
-      run_and_check(s);
-    }
-  }
+  check_edge_shapes();
 }
 
 TEST(wgmma_the_schedule_does_not_change_a_bit) {

@@ -4,7 +4,7 @@
 Loading plans with it (planning.py), and `expertyard plan` says the same before anything is loaded.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -79,7 +79,6 @@ def own_of(source: Path, itemsize: int = 2) -> tuple[ModelSpec, Own]:
 
     itemsize  bytes of a plain weight, in which `saved` is counted
     """
-    shapes: Iterable[tuple[str, str, int, int]]
     if source.is_dir() and is_packed(source):
         packed = PackedFolder(source)
         config = read_config(source)
@@ -87,8 +86,7 @@ def own_of(source: Path, itemsize: int = 2) -> tuple[ModelSpec, Own]:
             del config.quantization_config
         spec = ModelSpec.from_config(config.to_dict())
         named = {name: layer.format for name, layer in packed.layers.items()}
-        matrices = packed.matrices.items()
-        shapes = [(name, m.format, m.rows, m.columns) for name, m in matrices]
+        shapes = packed.matrix_shapes()
     else:
         opened = open_model(source)
         spec = spec_of(opened.config.to_dict(), opened.spec_folder)

@@ -105,9 +105,7 @@ class ExpertyardHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._dtype = dtype or torch.get_default_dtype()
         saved = None
         if read.packed is not None and self.quantization_config.options.dense == "keep":
-            matrices = read.packed.matrices.items()
-            shapes = ((name, m.format, m.rows, m.columns) for name, m in matrices)
-            saved = saved_bytes(shapes, self._dtype.itemsize)
+            saved = saved_bytes(read.packed.matrix_shapes(), self._dtype.itemsize)
         elif read.kept.layers or read.kept.plain:
             assert read.checkpoint is not None
             saved = saved_bytes(shapes_of(read.kept, read.checkpoint), self._dtype.itemsize)

@@ -211,7 +211,7 @@ class PackedFolder:
         if not self.layers:
             raise LoadError(f"{folder / MANIFEST}: names no layers; it is damaged.")
         for name in (*self.layers, *self.matrices):
-            self._sizes(name)
+            self._check_sizes(name)
         files = {layer.file for layer in self.layers.values()}
         names = sorted(files | {matrix.file for matrix in self.matrices.values()})
         if missing := [name for name in names if name not in self.files]:
@@ -282,11 +282,15 @@ class PackedFolder:
                 )
             self._expect(f"{name}.packed", "U8", (matrix.blob_bytes(),))
 
+    def matrix_shapes(self) -> list[tuple[str, str, int, int]]:
+        """Of every layer that is no expert name, format, rows and columns."""
+        return [(name, m.format, m.rows, m.columns) for name, m in self.matrices.items()]
+
     def matrix(self, name: str) -> Tensor:
         """The blob of a layer that is no expert: the mapped file itself."""
         return self._aligned(f"{name}.packed")
 
-    def _sizes(self, name: str) -> None:
+    def _check_sizes(self, name: str) -> None:
         try:
             (self.layers.get(name) or self.matrices[name]).blob_bytes()
         except (ExpertyardError, KeyError, ValueError, TypeError) as error:
