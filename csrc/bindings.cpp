@@ -24,6 +24,7 @@
 #include "packing.h"
 #include "quantize.h"
 #include "registry.h"
+#include "torch_team.h"
 
 namespace py = pybind11;
 
@@ -420,6 +421,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernels", &kernel_table);
   m.def("cpu_features", &cpu_features);
   m.def("thread_limits", &thread_limits);
+  m.def("team", [] {
+    if (const ey::Status known = ey::TorchTeam::check(); !known.ok)
+      throw py::value_error(known.what);
+    return ey::TorchTeam::name();
+  });
   m.def("cuda_status", &cuda_status);
   m.def("cuda_problem", &cuda_problem, py::arg("device"));
   m.def("kernel_name", &kernel_name, py::arg("format"), py::arg("hidden_dtype"),
@@ -490,6 +496,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "read_gbps",
       [](const std::string& kernel, uintptr_t memory, int64_t bytes, int threads) {
+        const ey::TorchTeam team;  // as calls
         return ey::cpu::read_gbps(kernel_called(kernel), reinterpret_cast<const char*>(memory),
                                   bytes, threads);
       },
@@ -497,6 +504,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "peak_gflops",
       [](const std::string& kernel, int threads) {
+        const ey::TorchTeam team;
         return ey::cpu::peak_gflops(kernel_called(kernel), threads);
       },
       py::arg("kernel"), py::arg("threads"));

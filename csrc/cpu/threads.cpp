@@ -164,10 +164,15 @@ Pool& the_pool() {
   return *p;
 }
 
+thread_local LentTeam lent = nullptr;
+
 }  // namespace
+
+void lend_team(LentTeam team) { lent = team; }
 
 void run_team(int n, TeamFunction function, void* context) {
   if (n <= 1) return function(context, 0, 1);
+  if (lent != nullptr) return lent(n, function, context);
   the_pool().run(n, function, context);
 }
 

@@ -65,6 +65,11 @@ using TeamFunction = void (*)(void* context, int thread, int threads);
 // throw.
 void run_team(int n, TeamFunction function, void* context);
 
+// Another pool for runs of the calling thread, as long as it is not null: a function that does what
+// run_team promises.
+using LentTeam = void (*)(int n, TeamFunction function, void* context);
+void lend_team(LentTeam team);
+
 struct ThreadLimits {
   int affinity;  // CPUs this process may run on
   int cgroup;    // CPUs' worth of time that its cgroup allows, rounded up; 0: no limit
