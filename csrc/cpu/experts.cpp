@@ -143,7 +143,8 @@ void route(Pass& p) {
   Routing& r = p.routing;
   const int parts = p.route_parts;
   p.count_tasks.each(parts, [&](int64_t part) { r.count(part, parts); });
-  p.load_tasks.each(1 + parts, [&](int64_t task) { task == 0 ? r.plan(parts) : load(p, task - 1); });
+  p.load_tasks.each(1 + parts,
+                    [&](int64_t task) { task == 0 ? r.plan(parts) : load(p, task - 1); });
   p.scatter_tasks.each(parts, [&](int64_t part) { r.scatter(part, parts); });
   p.find_tasks.each(parts, [&](int64_t part) { find_rows(p, part); });
 }

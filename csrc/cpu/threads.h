@@ -59,10 +59,10 @@ class Tasks {
 // What a thread of a run calls: thread < threads, and no two have the same.
 using TeamFunction = void (*)(void* context, int thread, int threads);
 
-// Runs function(context, 0, n) here, and function(context, i, n) on those of n - 1 workers that come
-// before it returns; then waits for these. So the function shares its work by Tasks, all of which
-// one thread could do alone. Runs from several Python threads at once take turns. function must not
-// throw.
+// Runs function(context, 0, n) here, and function(context, i, n) on those of n - 1 workers that
+// come before it returns; then waits for these. So the function shares its work by Tasks, all of
+// which one thread could do alone. Runs from several Python threads at once take turns. function
+// must not throw.
 void run_team(int n, TeamFunction function, void* context);
 
 // Another pool for runs of the calling thread, as long as it is not null: a function that does what
