@@ -13,6 +13,7 @@
 #include "cpu/kernel.h"
 #include "cpu/limits.h"
 #include "cpu/linear.h"
+#include "cpu/nodes.h"
 #include "cpu/threads.h"
 #include "cuda/cuda.h"
 #include "decode.h"
@@ -476,6 +477,17 @@ PYBIND11_MODULE(_C, m) {
         madvise(reinterpret_cast<void*>(memory), bytes, MADV_HUGEPAGE);
       },
       py::arg("memory"), py::arg("bytes"));
+  m.def("num_nodes", &ey::cpu::num_nodes);
+  m.def("may_place", &ey::cpu::may_place);
+  m.def("pretend_nodes", &ey::cpu::pretend_nodes, py::arg("nodes"));
+  m.def(
+      "place_blobs",
+      [](uintptr_t arena, const std::vector<int64_t>& blob_bytes, int64_t count) {
+        return ey::cpu::place_blobs(reinterpret_cast<char*>(arena), blob_bytes, count,
+                                    ey::cpu::thread_limits().usable());
+      },
+      py::arg("arena"), py::arg("blob_bytes"), py::arg("count"),
+      py::call_guard<py::gil_scoped_release>());
   m.def("remove_experts", &ey::remove_expert_set, py::arg("handle"));
   m.def("write_expert", &write_expert, py::arg("handle"), py::arg("expert"), py::arg("pointers"));
   m.def("occupy_lane", &occupy_lane, py::arg("lane"), py::arg("seconds"));

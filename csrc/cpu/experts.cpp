@@ -8,7 +8,8 @@
 //   w2       out[:, columns] = sum over experts, in fp32, rounded once  by strips of 32 columns
 //
 // At a line, threads wait until all tasks above it are done, by whoever took them: a thread that
-// comes late, or never, is not waited for.
+// comes late, or never, is not waited for. Where there are several NUMA nodes, each has its share
+// of every expert's blocks; a thread takes tasks of its own node first, then what others have left.
 //
 // In w2 each output element has one owner and a fixed order of experts: no atomics on data, no
 // [num_tokens * top_k, hidden_size] temporary, the same bits for any number of threads.
@@ -24,6 +25,7 @@
 #include <cstring>
 
 #include "arena.h"
+#include "nodes.h"
 #include "routing.h"
 #include "threads.h"
 
@@ -88,8 +90,10 @@ struct Pass {
   int64_t strip_run;  // most strips of one w2 task
   bool few;           // slots: h is grouped when all of it is there
   int route_parts;    // of the phases up to w13; 1: the caller has done them already
+  int nodes;
 
-  Tasks count_tasks, load_tasks, scatter_tasks, find_tasks, w13_tasks, group_tasks, w2_tasks;
+  Tasks count_tasks, load_tasks, scatter_tasks, find_tasks, w13_done, group_tasks;
+  Tasks w13_tasks[kMaxNodes], w2_tasks[kMaxNodes];
 
   int64_t slots() const { return routing.slots(); }
   float* tile(int thread) const {
@@ -312,34 +316,61 @@ void w13_group(Pass& p, W13Place here, W13Place after, int thread) {
   }
 }
 
-void w13(Pass& p, int thread, int threads) {
+// The tasks of w13 on one node: its share of each expert's units, which are the blocks of a task.
+struct W13Share {
+  int64_t unit;
+  Tasks::Run units;  // of each expert
+  int64_t total;     // tasks
+
+  W13Share(const Pass& p, int node)
+      : unit(p.layer.groups_h && !p.few ? kGroup / p.layer.w13_rows : 1),
+        units(share_of(ceil_div(p.layer.num_w13_blocks, unit), node, p.nodes)),
+        total((units.end - units.begin) * p.routing.num_active) {}
+
+  W13Place place(int64_t task) const {
+    const int64_t per_expert = units.end - units.begin;
+    return {static_cast<int>(task / per_expert), (units.begin + task % per_expert) * unit};
+  }
+};
+
+// Tasks of a node, as long as there are any; returns how many.
+int64_t w13_of_node(Pass& p, int node, int thread, int threads) {
+  const W13Share share(p, node);
   const bool grouped = p.layer.groups_h && !p.few;
-  const int64_t unit = grouped ? kGroup / p.layer.w13_rows : 1;  // blocks of a task
-  const int64_t per_expert = ceil_div(p.layer.num_w13_blocks, unit);
-  const int64_t total = per_expert * p.routing.num_active;
-  const auto place = [&](int64_t task) {
-    return W13Place{static_cast<int>(task / per_expert), task % per_expert * unit};
+  const int sharers = static_cast<int>(ceil_div(threads, p.nodes));
+  const auto take = [&] {
+    return p.w13_tasks[node].take(share.total, kMaxRun / share.unit, sharers);
   };
   int order = -1;  // of the expert that this thread has come from
   int64_t done = 0;
   // The next run is taken before this one begins, so that its first block can be fetched in time.
-  auto next = p.w13_tasks.take(total, kMaxRun / unit, threads);
+  auto next = take();
   while (next.begin < next.end) {
     const auto run = next;
-    next = p.w13_tasks.take(total, kMaxRun / unit, threads);
+    next = take();
     done += run.end - run.begin;
     for (int64_t task = run.begin; task < run.end; ++task) {
-      const W13Place after = task + 1 < run.end      ? place(task + 1)
-                             : next.begin < next.end ? place(next.begin)
+      const W13Place after = task + 1 < run.end      ? share.place(task + 1)
+                             : next.begin < next.end ? share.place(next.begin)
                                                      : W13Place{-1, 0};
-      W13Place here = place(task);
+      W13Place here = share.place(task);
       here.new_rows = here.order != order;
       order = here.order;
       (grouped ? w13_group : w13_single)(p, here, after, thread);
     }
   }
-  p.w13_tasks.finish(done, total);
-  p.w13_tasks.wait(total);
+  return done;
+}
+
+void w13(Pass& p, int thread, int threads) {
+  int64_t done = 0, total = 0;
+  const int home = p.nodes > 1 ? node_here() : 0;
+  for (int i = 0; i < p.nodes; ++i) {
+    done += w13_of_node(p, (home + i) % p.nodes, thread, threads);
+    total += W13Share(p, i).total;
+  }
+  p.w13_done.finish(done, total);
+  p.w13_done.wait(total);
 }
 
 // Staged rows of h -> activation rows, by group: in runs, of all slots.
@@ -440,11 +471,21 @@ void w2_run(Pass& p, int64_t begin, int64_t end, int64_t next_begin, int thread)
 
 void w2(Pass& p, int thread, int threads) {
   const int64_t strips = w2_blocks(p.layer.set.hidden_size);
-  auto next = p.w2_tasks.take(strips, p.strip_run, threads);
-  while (next.begin < next.end) {
-    const auto run = next;
-    next = p.w2_tasks.take(strips, p.strip_run, threads);
-    w2_run(p, run.begin, run.end, next.begin, thread);
+  const int sharers = static_cast<int>(ceil_div(threads, p.nodes));
+  const int home = p.nodes > 1 ? node_here() : 0;
+  for (int i = 0; i < p.nodes; ++i) {
+    const int node = (home + i) % p.nodes;
+    const auto share = share_of(strips, node, p.nodes);
+    const auto take = [&] {
+      return p.w2_tasks[node].take(share.end - share.begin, p.strip_run, sharers);
+    };
+    auto next = take();
+    while (next.begin < next.end) {
+      const auto run = next;
+      next = take();
+      const int64_t after = next.begin < next.end ? share.begin + next.begin : strips;
+      w2_run(p, share.begin + run.begin, share.begin + run.end, after, thread);
+    }
   }
 }
 
@@ -557,12 +598,14 @@ Status moe_experts(const Kernel& kernel, const MoeArgs& args, int max_threads) {
                  .strip_run = strip_run,
                  .few = few,
                  .route_parts = alone ? 1 : num_threads,
+                 .nodes = num_nodes(),
                  .count_tasks = {},
                  .load_tasks = {},
                  .scatter_tasks = {},
                  .find_tasks = {},
-                 .w13_tasks = {},
+                 .w13_done = {},
                  .group_tasks = {},
+                 .w13_tasks = {},
                  .w2_tasks = {}};
     if (pass.route_parts == 1) route(pass);
     run_team(num_threads, run_pass, &pass);

@@ -81,6 +81,7 @@ def examine() -> dict[str, Any]:
             "used": min(torch.get_num_threads(), limits["usable"]),
             "team": team,
         },
+        "numa": {"nodes": _C.num_nodes(), "may_place": _C.may_place()},
         "memory": machine_memory(),
         "kernels": [dict(kernel) for kernel in _C.kernels()],
         "chosen": {} if problem else chosen(),
@@ -184,6 +185,18 @@ def render(facts: dict[str, Any]) -> list[Any]:
         f"{threads['used']} used{whose} (torch wants {threads['torch']}, affinity "
         f"{threads['affinity']}, cgroup {cgroup})",
     )
+    numa = facts["numa"]
+    if numa["nodes"] > 1:
+        table.add_row(
+            "NUMA",
+            f"{numa['nodes']} nodes, "
+            + (
+                "each with its part of every packed expert"
+                if numa["may_place"]
+                else "but this process may not say where its memory lies (a container without "
+                "set_mempolicy?): experts lie where they were first written"
+            ),
+        )
     memory = ", ".join(f"{name} {free / 2**30:.1f} GiB" for name, free in facts["memory"].items())
     table.add_row("free memory", memory)
     cuda = facts["cuda"]
