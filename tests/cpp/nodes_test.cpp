@@ -4,6 +4,7 @@
 #include "cpu/nodes.h"
 
 #include <linux/mempolicy.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -74,6 +75,33 @@ bool placed_memory_is_usable_and_the_policy_is_as_before() {
   return obeyed == may_place() && (!asked || mode == MPOL_DEFAULT);
 }
 
+// On a machine of several nodes: whole pages of a part lie on its node. Else there is nothing to
+// see.
+bool pages_lie_on_their_nodes() {
+  const int nodes = num_nodes();
+  if (nodes == 1 || !may_place()) return true;
+  constexpr int64_t kPages = 64, kPage = 4096;
+  const int64_t blob = kPages * kPage * nodes;
+  char* arena = static_cast<char*>(
+      mmap(nullptr, 3 * blob, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  madvise(arena, 3 * blob, MADV_NOHUGEPAGE);
+  bool ok = place_blobs(arena, {blob}, 3, 2);
+  for (int64_t page = 0; page < 3 * kPages * nodes; ++page) {
+    void* address = arena + page * kPage;
+    int node = -1;
+    syscall(SYS_move_pages, 0, 1ul, &address, nullptr, &node, 0);
+    const int expected = static_cast<int>(page % (kPages * nodes) / kPages);
+    if (node == expected) continue;  // nodes of this machine are taken to be called 0, 1, ...
+    if (ok)
+      std::printf("page %lld is on node %d, not %d\n", static_cast<long long>(page), node,
+                  expected);
+    ok = false;
+  }
+  munmap(arena, 3 * blob);
+  std::printf("%d nodes; pages looked at\n", nodes);
+  return ok;
+}
+
 bool one_node_places_nothing() {
   pretend_nodes(1);
   std::vector<char> arena(9000, 1);
@@ -98,6 +126,7 @@ int main() {
   check("no folder", no_folder_is_no_node());
   check("shares", shares_leave_nothing_out());
   check("placed memory", placed_memory_is_usable_and_the_policy_is_as_before());
+  check("pages", pages_lie_on_their_nodes());
   check("one node", one_node_places_nothing());
   return failed != 0;
 }
