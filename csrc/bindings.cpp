@@ -13,6 +13,7 @@
 #include "cpu/kernel.h"
 #include "cpu/limits.h"
 #include "cpu/linear.h"
+#include "cpu/nodes.h"
 #include "cpu/threads.h"
 #include "cuda/cuda.h"
 #include "decode.h"
@@ -24,6 +25,7 @@
 #include "packing.h"
 #include "quantize.h"
 #include "registry.h"
+#include "torch_team.h"
 
 namespace py = pybind11;
 
@@ -420,6 +422,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernels", &kernel_table);
   m.def("cpu_features", &cpu_features);
   m.def("thread_limits", &thread_limits);
+  m.def("team", [] {
+    if (const ey::Status known = ey::TorchTeam::check(); !known.ok)
+      throw py::value_error(known.what);
+    return ey::TorchTeam::name();
+  });
   m.def("cuda_status", &cuda_status);
   m.def("cuda_problem", &cuda_problem, py::arg("device"));
   m.def("kernel_name", &kernel_name, py::arg("format"), py::arg("hidden_dtype"),
@@ -470,6 +477,17 @@ PYBIND11_MODULE(_C, m) {
         madvise(reinterpret_cast<void*>(memory), bytes, MADV_HUGEPAGE);
       },
       py::arg("memory"), py::arg("bytes"));
+  m.def("num_nodes", &ey::cpu::num_nodes);
+  m.def("may_place", &ey::cpu::may_place);
+  m.def("pretend_nodes", &ey::cpu::pretend_nodes, py::arg("nodes"));
+  m.def(
+      "place_blobs",
+      [](uintptr_t arena, const std::vector<int64_t>& blob_bytes, int64_t count) {
+        return ey::cpu::place_blobs(reinterpret_cast<char*>(arena), blob_bytes, count,
+                                    ey::cpu::thread_limits().usable());
+      },
+      py::arg("arena"), py::arg("blob_bytes"), py::arg("count"),
+      py::call_guard<py::gil_scoped_release>());
   m.def("remove_experts", &ey::remove_expert_set, py::arg("handle"));
   m.def("write_expert", &write_expert, py::arg("handle"), py::arg("expert"), py::arg("pointers"));
   m.def("occupy_lane", &occupy_lane, py::arg("lane"), py::arg("seconds"));
@@ -490,6 +508,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "read_gbps",
       [](const std::string& kernel, uintptr_t memory, int64_t bytes, int threads) {
+        const ey::TorchTeam team;  // as calls
         return ey::cpu::read_gbps(kernel_called(kernel), reinterpret_cast<const char*>(memory),
                                   bytes, threads);
       },
@@ -497,6 +516,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "peak_gflops",
       [](const std::string& kernel, int threads) {
+        const ey::TorchTeam team;
         return ey::cpu::peak_gflops(kernel_called(kernel), threads);
       },
       py::arg("kernel"), py::arg("threads"));

@@ -46,6 +46,7 @@
 #include "handoff/spans.h"
 #include "handoff/sum.h"
 #include "registry.h"
+#include "torch_team.h"
 
 namespace {
 
@@ -159,6 +160,8 @@ const ey::cpu::Kernel& kernel_of(const ey::ExpertSetEntry& entry, ey::DType hidd
 }
 
 int threads_of_caller() {
+  const ey::Status known = ey::TorchTeam::check();
+  EY_CHECK(known.ok, known.what);
   const int wanted = static_cast<int>(torch::stable::get_num_threads());
   const int usable = std::min(ey::cpu::thread_limits().usable(), ey::cpu::callers_limit());
   return std::clamp(wanted, 1, usable);
@@ -174,7 +177,9 @@ ey::Status compute(const ey::cpu::Kernel& kernel, ey::ExpertSetEntry& entry,
 
 Tensor run_on_cpu(Call call) {
   const ey::cpu::Kernel& kernel = kernel_of(*call.entry, call.args.hidden_dtype);
-  const ey::Status done = compute(kernel, *call.entry, call.args, threads_of_caller());
+  const int threads = threads_of_caller();
+  const ey::TorchTeam team;
+  const ey::Status done = compute(kernel, *call.entry, call.args, threads);
   EY_CHECK(done.ok, done.what);
   return call.out;
 }
@@ -469,6 +474,8 @@ Tensor linear_cpu(const Tensor& input, const Tensor& weight, int64_t out_feature
   EY_CHECK(chosen.ok, chosen.what);
   const Tensor rows = torch::stable::contiguous(input);
   Tensor out = torch::stable::new_empty(input, {input.size(0), out_features});
+  const int threads = threads_of_caller();
+  const ey::TorchTeam team;
   const ey::Status done = ey::cpu::linear(*kernel,
                                           {.num_tokens = rows.size(0),
                                            .in_features = in_features,
@@ -479,7 +486,7 @@ Tensor linear_cpu(const Tensor& input, const Tensor& weight, int64_t out_feature
                                            .format = p.format,
                                            .packing = p.packing,
                                            .weight = weight.const_data_ptr()},
-                                          threads_of_caller());
+                                          threads);
   EY_CHECK(done.ok, done.what);
   return out;
 }

@@ -26,9 +26,11 @@ PROBLEM = {  # large enough that a call uses more than one thread
 
 
 def in_a_new_process(code: str, **environment: str) -> str:
+    decides = ("EXPERTYARD_TEAM", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    inherited = {name: value for name, value in os.environ.items() if name not in decides}
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, **environment},
+        env={**inherited, **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -81,22 +83,103 @@ print(status, torch.equal(run(), expected))
     assert out == "0 True"
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
-def test_set_num_threads_is_honoured() -> None:
-    """One thread asked for: no worker is ever made."""
-    code = """
+two_cpus = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+# threads that a call has made: torch's are there before it, own workers are not
+NEW_THREADS = """
 import os, torch
 torch.set_num_threads({n})
 from expertyard import moe_experts
+from expertyard.native import _C
 from expertyard.testing import random_problem
+torch.ones(1 << 22).sum()
 p = random_problem(num_tokens=64, hidden_size=512, intermediate_size=256, num_experts=8, top_k=2)
 packed = p.pack()
 before = len(os.listdir("/proc/self/task"))
 moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, packed)
-print(len(os.listdir("/proc/self/task")) - before)
+print(_C.team(), len(os.listdir("/proc/self/task")) - before)
 """
-    assert in_a_new_process(code.format(n=1)) == "0"
-    assert in_a_new_process(code.format(n=2)) == "1"
+
+
+@two_cpus
+def test_set_num_threads_is_honoured() -> None:
+    """One thread asked for: no worker is ever made."""
+    assert in_a_new_process(NEW_THREADS.format(n=1), EXPERTYARD_TEAM="own") == "own 0"
+    assert in_a_new_process(NEW_THREADS.format(n=2), EXPERTYARD_TEAM="own") == "own 1"
+
+
+@two_cpus
+@pytest.mark.parametrize(
+    ("torch_threads", "environment", "expected"),
+    [
+        (2, {}, "torch 0"),
+        (2, {"GOMP_SPINCOUNT": "10000"}, "own 1"),  # they sleep soon: ours need not wait for them
+        (2, {"OMP_WAIT_POLICY": "passive"}, "own 1"),
+        (2, {"OMP_WAIT_POLICY": "passive", "EXPERTYARD_TEAM": "torch"}, "torch 0"),
+        (32 * len(os.sched_getaffinity(0)), {}, "own "),  # more threads than CPUs: not all of them
+    ],
+)
+def test_whose_threads_compute(
+    torch_threads: int, environment: dict[str, str], expected: str
+) -> None:
+    found = in_a_new_process(NEW_THREADS.format(n=torch_threads), **environment)
+    assert found.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        ("", "10000"),
+        ("os.environ['GOMP_SPINCOUNT'] = '7'", "7"),
+        ("os.environ['OMP_WAIT_POLICY'] = 'active'", "None"),
+        ("import torch", "None"),  # too late: OpenMP has read it
+    ],
+)
+def test_the_command_bounds_openmps_spinning_unless_told(before: str, expected: str) -> None:
+    code = f"""
+import os
+{before}
+from expertyard.cli.run import spin_briefly
+spin_briefly()
+print(os.environ.get("GOMP_SPINCOUNT"))
+"""
+    assert in_a_new_process(code) == expected
+
+
+def test_a_team_that_does_not_exist_is_refused() -> None:
+    code = """
+from expertyard import moe_experts
+from expertyard.testing import random_problem
+p = random_problem(num_tokens=1, hidden_size=64, intermediate_size=32, num_experts=4, top_k=2)
+try:
+    moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, p.pack())
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    refused = in_a_new_process(code, EXPERTYARD_TEAM="mine")
+    assert refused == "KernelError EXPERTYARD_TEAM: expected auto, torch or own, got 'mine'"
+
+
+def test_a_fork_from_torchs_team_has_workers_of_its_own() -> None:
+    out = in_a_new_process(
+        """
+import os, torch
+from expertyard import moe_experts
+from expertyard.native import _C
+from expertyard.testing import random_problem
+p = random_problem(num_tokens=48, hidden_size=384, intermediate_size=192, num_experts=8, top_k=2)
+packed = p.pack()
+run = lambda: moe_experts(p.hidden_states, p.topk_ids, p.topk_weights, packed)
+torch.ones(1 << 22).sum()
+expected = run()
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(run(), expected) and _C.team() == "own" else 1)
+_, status = os.waitpid(child, 0)
+print(status, torch.equal(run(), expected))
+""",
+        EXPERTYARD_TEAM="torch",
+    )
+    assert out == "0 True"
 
 
 def test_affinity_limits_threads() -> None:

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // The schedule of a CPU call, written once for all formats and instruction sets:
 //
-//   route    sort the (token, k) slots by expert; hidden states -> activation rows     by token
-//   -------- barrier (few tokens: the caller does this alone, and there is none)
-//   w13      h[slot] = act(gate x + b, up x + b)          by (expert, values of h)
-//   -------- barrier (and one more where h is made into activation rows afterwards)
-//   w2       out[:, columns] = sum over experts, in fp32, rounded once       by strips of 32
-//   columns
+//   route    sort the (token, k) slots by expert; hidden states -> activation rows    by token
+//   -------- (few tokens: the caller does this alone, before it calls the others)
+//   w13      h[slot] = act(gate x + b, up x + b)                    by (expert, values of h)
+//   -------- (and one more where h is made into activation rows afterwards)
+//   w2       out[:, columns] = sum over experts, in fp32, rounded once  by strips of 32 columns
+//
+// At a line, threads wait until all tasks above it are done, by whoever took them: a thread that
+// comes late, or never, is not waited for. Where there are several NUMA nodes, each has its share
+// of every expert's blocks; a thread takes tasks of its own node first, then what others have left.
 //
 // In w2 each output element has one owner and a fixed order of experts: no atomics on data, no
 // [num_tokens * top_k, hidden_size] temporary, the same bits for any number of threads.
@@ -14,7 +17,7 @@
 // h of packed weights. A kernel makes activation rows in groups of kGroup values, a block gives
 // only kHalfRows of them. Many tokens: a task is the blocks of one group, staged in cache as fp32
 // and made into the row's group at once. Few: a task is one block, so that threads end together; h
-// is staged in memory, and made into rows behind a barrier.
+// is staged in memory, and made into rows when all of it is there.
 #include "experts.h"
 
 #include <algorithm>
@@ -22,6 +25,7 @@
 #include <cstring>
 
 #include "arena.h"
+#include "nodes.h"
 #include "routing.h"
 #include "threads.h"
 
@@ -70,26 +74,6 @@ struct Layer {
         groups_h(k.load_group != nullptr) {}
 };
 
-// Takes runs of tasks, long ones first, single ones at the end, so that all threads end together.
-class Tasks {
- public:
-  struct Run {
-    int64_t begin, end;
-  };
-  Run take(int64_t total, int64_t longest, int threads) {
-    int64_t begin = next_.load(std::memory_order_relaxed);
-    for (;;) {
-      const int64_t run = std::clamp<int64_t>((total - begin) / (threads * 4), 1, longest);
-      const int64_t end = std::min(begin + run, total);
-      if (begin >= total) return {total, total};
-      if (next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) return {begin, end};
-    }
-  }
-
- private:
-  alignas(64) std::atomic<int64_t> next_{0};
-};
-
 // One pass over at most a few thousand tokens: everything the threads share.
 struct Pass {
   const Layer& layer;
@@ -104,10 +88,12 @@ struct Pass {
   size_t scratch_bytes;
   size_t panel_bytes;
   int64_t strip_run;  // most strips of one w2 task
-  bool few;           // slots: h is grouped behind a barrier
-  bool routed;        // the caller has done the first phase already
+  bool few;           // slots: h is grouped when all of it is there
+  int route_parts;    // of the phases up to w13; 1: the caller has done them already
+  int nodes;
 
-  Tasks w13_tasks, w2_tasks;
+  Tasks count_tasks, load_tasks, scatter_tasks, find_tasks, w13_done, group_tasks;
+  Tasks w13_tasks[kMaxNodes], w2_tasks[kMaxNodes];
 
   int64_t slots() const { return routing.slots(); }
   float* tile(int thread) const {
@@ -124,14 +110,14 @@ struct Pass {
   }
 };
 
-// A thread's share of the hidden states, and where each of its slots finds its rows.
-void load(Pass& p, int thread, int threads) {
+// A part of the hidden states, and where each slot of a part finds its rows.
+void load(Pass& p, int64_t part) {
   const Layer& l = p.layer;
   const Routing& r = p.routing;
   const int64_t from_stride = l.set.hidden_size * size_of(l.args.hidden_dtype);
   const auto* from = static_cast<const char*>(l.args.hidden_states) + r.begin * from_stride;
-  const int64_t last = r.num_tokens * (thread + 1) / threads;
-  for (int64_t t = r.num_tokens * thread / threads; t < last; ++t) {
+  const int64_t last = r.num_tokens * (part + 1) / p.route_parts;
+  for (int64_t t = r.num_tokens * part / p.route_parts; t < last; ++t) {
     l.kernel.load_row({.from = from + t * from_stride,
                        .dtype = l.args.hidden_dtype,
                        .shape = l.x_shape,
@@ -139,12 +125,12 @@ void load(Pass& p, int thread, int threads) {
   }
 }
 
-void find_rows(Pass& p, int thread, int threads) {
+void find_rows(Pass& p, int64_t part) {
   const Layer& l = p.layer;
   // Blocks of h are narrower than its padding: what no block writes must be zero.
   const int64_t written = l.num_w13_blocks * l.w13_rows * l.kernel.h_size;
-  const int64_t last = p.slots() * (thread + 1) / threads;
-  for (int64_t s = p.slots() * thread / threads; s < last; ++s) {
+  const int64_t last = p.slots() * (part + 1) / p.route_parts;
+  for (int64_t s = p.slots() * part / p.route_parts; s < last; ++s) {
     char* row = p.x + p.routing.token[s] * l.x_stride;
     if (p.x_slots != nullptr) {
       char* copy = p.x_slots + s * l.x_stride;
@@ -157,17 +143,14 @@ void find_rows(Pass& p, int thread, int threads) {
   }
 }
 
-void route(Pass& p, Team& team, int thread) {
+void route(Pass& p) {
   Routing& r = p.routing;
-  r.count(thread, team.size());
-  team.barrier();
-  if (thread == 0) r.plan(team.size());
-  load(p, thread, team.size());
-  team.barrier();
-  r.scatter(thread, team.size());
-  team.barrier();
-  find_rows(p, thread, team.size());
-  team.barrier();
+  const int parts = p.route_parts;
+  p.count_tasks.each(parts, [&](int64_t part) { r.count(part, parts); });
+  p.load_tasks.each(1 + parts,
+                    [&](int64_t task) { task == 0 ? r.plan(parts) : load(p, task - 1); });
+  p.scatter_tasks.each(parts, [&](int64_t part) { r.scatter(part, parts); });
+  p.find_tasks.each(parts, [&](int64_t part) { find_rows(p, part); });
 }
 
 // What is known of the activation rows of a block, for prefetching.
@@ -333,46 +316,79 @@ void w13_group(Pass& p, W13Place here, W13Place after, int thread) {
   }
 }
 
-void w13(Pass& p, int thread, int threads) {
+// The tasks of w13 on one node: its share of each expert's units, which are the blocks of a task.
+struct W13Share {
+  int64_t unit;
+  Tasks::Run units;  // of each expert
+  int64_t total;     // tasks
+
+  W13Share(const Pass& p, int node)
+      : unit(p.layer.groups_h && !p.few ? kGroup / p.layer.w13_rows : 1),
+        units(share_of(ceil_div(p.layer.num_w13_blocks, unit), node, p.nodes)),
+        total((units.end - units.begin) * p.routing.num_active) {}
+
+  W13Place place(int64_t task) const {
+    const int64_t per_expert = units.end - units.begin;
+    return {static_cast<int>(task / per_expert), (units.begin + task % per_expert) * unit};
+  }
+};
+
+// Tasks of a node, as long as there are any; returns how many.
+int64_t w13_of_node(Pass& p, int node, int thread, int threads) {
+  const W13Share share(p, node);
   const bool grouped = p.layer.groups_h && !p.few;
-  const int64_t unit = grouped ? kGroup / p.layer.w13_rows : 1;  // blocks of a task
-  const int64_t per_expert = ceil_div(p.layer.num_w13_blocks, unit);
-  const int64_t total = per_expert * p.routing.num_active;
-  const auto place = [&](int64_t task) {
-    return W13Place{static_cast<int>(task / per_expert), task % per_expert * unit};
+  const int sharers = static_cast<int>(ceil_div(threads, p.nodes));
+  const auto take = [&] {
+    return p.w13_tasks[node].take(share.total, kMaxRun / share.unit, sharers);
   };
   int order = -1;  // of the expert that this thread has come from
+  int64_t done = 0;
   // The next run is taken before this one begins, so that its first block can be fetched in time.
-  auto next = p.w13_tasks.take(total, kMaxRun / unit, threads);
+  auto next = take();
   while (next.begin < next.end) {
     const auto run = next;
-    next = p.w13_tasks.take(total, kMaxRun / unit, threads);
+    next = take();
+    done += run.end - run.begin;
     for (int64_t task = run.begin; task < run.end; ++task) {
-      const W13Place after = task + 1 < run.end      ? place(task + 1)
-                             : next.begin < next.end ? place(next.begin)
+      const W13Place after = task + 1 < run.end      ? share.place(task + 1)
+                             : next.begin < next.end ? share.place(next.begin)
                                                      : W13Place{-1, 0};
-      W13Place here = place(task);
+      W13Place here = share.place(task);
       here.new_rows = here.order != order;
       order = here.order;
       (grouped ? w13_group : w13_single)(p, here, after, thread);
     }
   }
+  return done;
 }
 
-// Staged rows of h -> activation rows, by (slot, group).
-void group_h(Pass& p, int thread, int threads) {
+void w13(Pass& p, int thread, int threads) {
+  int64_t done = 0, total = 0;
+  const int home = p.nodes > 1 ? node_here() : 0;
+  for (int i = 0; i < p.nodes; ++i) {
+    done += w13_of_node(p, (home + i) % p.nodes, thread, threads);
+    total += W13Share(p, i).total;
+  }
+  p.w13_done.finish(done, total);
+  p.w13_done.wait(total);
+}
+
+// Staged rows of h -> activation rows, by group: in runs, of all slots.
+void group_h(Pass& p, int threads) {
   const Layer& l = p.layer;
   const int64_t groups = ceil_div(l.set.intermediate_size, kGroup);
   const int64_t total = p.slots() * groups;
-  for (int64_t i = total * thread / threads; i < total * (thread + 1) / threads; ++i) {
-    const int64_t slot = i / groups, k = i % groups * kGroup;
-    l.kernel.load_group(
-        {.from = reinterpret_cast<const float*>(p.stage + slot * l.stage_stride) + k,
-         .n = static_cast<int>(std::min<int64_t>(kGroup, l.set.intermediate_size - k)),
-         .k_begin = k,
-         .shape = l.h_shape,
-         .row = p.h + slot * l.h_stride});
-  }
+  p.group_tasks.each(threads, [&](int64_t part) {
+    for (int64_t i = total * part / threads; i < total * (part + 1) / threads; ++i) {
+      const int64_t slot = i / groups, k = i % groups * kGroup;
+      l.kernel.load_group(
+          {.from = reinterpret_cast<const float*>(p.stage + slot * l.stage_stride) + k,
+           .n = static_cast<int>(std::min<int64_t>(kGroup, l.set.intermediate_size - k)),
+           .k_begin = k,
+           .shape = l.h_shape,
+           .row = p.h + slot * l.h_stride});
+    }
+  });
 }
 
 // Down rows of one strip of active expert a, and what is read after them: the run's next strip, the
@@ -455,24 +471,30 @@ void w2_run(Pass& p, int64_t begin, int64_t end, int64_t next_begin, int thread)
 
 void w2(Pass& p, int thread, int threads) {
   const int64_t strips = w2_blocks(p.layer.set.hidden_size);
-  auto next = p.w2_tasks.take(strips, p.strip_run, threads);
-  while (next.begin < next.end) {
-    const auto run = next;
-    next = p.w2_tasks.take(strips, p.strip_run, threads);
-    w2_run(p, run.begin, run.end, next.begin, thread);
+  const int sharers = static_cast<int>(ceil_div(threads, p.nodes));
+  const int home = p.nodes > 1 ? node_here() : 0;
+  for (int i = 0; i < p.nodes; ++i) {
+    const int node = (home + i) % p.nodes;
+    const auto share = share_of(strips, node, p.nodes);
+    const auto take = [&] {
+      return p.w2_tasks[node].take(share.end - share.begin, p.strip_run, sharers);
+    };
+    auto next = take();
+    while (next.begin < next.end) {
+      const auto run = next;
+      next = take();
+      const int64_t after = next.begin < next.end ? share.begin + next.begin : strips;
+      w2_run(p, share.begin + run.begin, share.begin + run.end, after, thread);
+    }
   }
 }
 
-void run_pass(void* context, Team& team, int thread) {
+void run_pass(void* context, int thread, int threads) {
   auto& pass = *static_cast<Pass*>(context);
-  if (!pass.routed) route(pass, team, thread);
-  w13(pass, thread, team.size());
-  team.barrier();
-  if (pass.layer.groups_h && pass.few) {
-    group_h(pass, thread, team.size());
-    team.barrier();
-  }
-  w2(pass, thread, team.size());
+  if (pass.route_parts > 1) route(pass);
+  w13(pass, thread, threads);
+  if (pass.layer.groups_h && pass.few) group_h(pass, threads);
+  w2(pass, thread, threads);
 }
 
 int64_t expert_bytes(const Layer& l) {
@@ -552,6 +574,7 @@ Status moe_experts(const Kernel& kernel, const MoeArgs& args, int max_threads) {
 
   for (int64_t begin = 0; begin < args.num_tokens; begin += per_pass) {
     const int64_t pass_tokens = std::min(per_pass, args.num_tokens - begin);
+    const bool alone = pass_tokens * layer.x_stride <= kAloneBytes;
     Pass pass = {.layer = layer,
                  .routing = {.args = args,
                              .begin = begin,
@@ -574,13 +597,17 @@ Status moe_experts(const Kernel& kernel, const MoeArgs& args, int max_threads) {
                  .panel_bytes = panel_bytes,
                  .strip_run = strip_run,
                  .few = few,
-                 .routed = pass_tokens * layer.x_stride <= kAloneBytes,
+                 .route_parts = alone ? 1 : num_threads,
+                 .nodes = num_nodes(),
+                 .count_tasks = {},
+                 .load_tasks = {},
+                 .scatter_tasks = {},
+                 .find_tasks = {},
+                 .w13_done = {},
+                 .group_tasks = {},
                  .w13_tasks = {},
                  .w2_tasks = {}};
-    if (pass.routed) {
-      Team alone(1);
-      route(pass, alone, 0);
-    }
+    if (pass.route_parts == 1) route(pass);
     run_team(num_threads, run_pass, &pass);
   }
   return {};

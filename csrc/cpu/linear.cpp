@@ -3,14 +3,13 @@
 // instruction sets. Not for experts: nothing is routed, gated or weighted.
 //
 //   load     input -> activation rows            by token
-//   -------- barrier
+//   -------- when all are loaded
 //   multiply out[:, 32 columns]                  by block of 32 weight rows
 //
 // A block has one owner: the same bits for any number of threads.
 #include "linear.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "arena.h"
 #include "threads.h"
@@ -35,14 +34,14 @@ struct Pass {
   const void** x;  // [tokens] of them
   char* scratch;   // per thread: tile, panel
   int64_t scratch_bytes;
-  std::atomic<int64_t> next{0};
+  Tasks load_tasks, block_tasks;
 };
 
-void load(Pass& p, int thread, int threads) {
+void load(Pass& p, int64_t part, int parts) {
   const int64_t from_stride = p.args.in_features * size_of(p.args.dtype);
   const auto* from = static_cast<const char*>(p.args.input) + p.begin * from_stride;
-  const int64_t last = p.tokens * (thread + 1) / threads;
-  for (int64_t t = p.tokens * thread / threads; t < last; ++t) {
+  const int64_t last = p.tokens * (part + 1) / parts;
+  for (int64_t t = p.tokens * part / parts; t < last; ++t) {
     p.x[t] = p.rows + t * p.stride;
     p.kernel.load_row({.from = from + t * from_stride,
                        .dtype = p.args.dtype,
@@ -83,16 +82,15 @@ void multiply(Pass& p, int64_t block, int64_t after, bool first, int thread) {
   }
 }
 
-void run_pass(void* context, Team& team, int thread) {
+void run_pass(void* context, int thread, int threads) {
   auto& p = *static_cast<Pass*>(context);
-  load(p, thread, team.size());
-  team.barrier();
+  p.load_tasks.each(threads, [&](int64_t part) { load(p, part, threads); });
+  const auto take = [&] { return p.block_tasks.take(p.blocks, 1, threads).begin; };
   bool first = true;
-  int64_t next = p.next.fetch_add(1, std::memory_order_relaxed);
+  int64_t next = take();
   while (next < p.blocks) {
     const int64_t block = next;
-    // taken before this one begins, so that its memory can be fetched in time
-    next = p.next.fetch_add(1, std::memory_order_relaxed);
+    next = take();  // before this one begins, so that its memory can be fetched in time
     multiply(p, block, next, first, thread);
     first = false;
   }
@@ -138,7 +136,9 @@ Status linear(const Kernel& kernel, const LinearArgs& args, int max_threads) {
               .rows = rows,
               .x = x,
               .scratch = scratch,
-              .scratch_bytes = static_cast<int64_t>(scratch_bytes)};
+              .scratch_bytes = static_cast<int64_t>(scratch_bytes),
+              .load_tasks = {},
+              .block_tasks = {}};
     run_team(threads, run_pass, &pass);
   }
   return {};

@@ -30,37 +30,40 @@ bool here(const ExpertSet& set, int64_t id) {
 struct Check {
   const MoeArgs& args;
   std::atomic<int64_t> bad;  // first slot with a bad id, or the number of slots
+  Tasks parts;
 };
 
-void check_part(void* context, Team& team, int thread) {
+void check_parts(void* context, int, int threads) {
   auto& check = *static_cast<Check*>(context);
   const MoeArgs& a = check.args;
   const int64_t slots = a.num_tokens * a.top_k;
-  const int64_t end = slots * (thread + 1) / team.size();
-  for (int64_t slot = slots * thread / team.size(); slot < end; ++slot) {
-    const int64_t id = id_at(a, slot);
-    if (id >= -1 && id <= a.set->num_experts) continue;
-    int64_t bad = check.bad.load();
-    while (slot < bad && !check.bad.compare_exchange_weak(bad, slot)) {
+  check.parts.each(threads, [&](int64_t part) {
+    const int64_t end = slots * (part + 1) / threads;
+    for (int64_t slot = slots * part / threads; slot < end; ++slot) {
+      const int64_t id = id_at(a, slot);
+      if (id >= -1 && id <= a.set->num_experts) continue;
+      int64_t bad = check.bad.load();
+      while (slot < bad && !check.bad.compare_exchange_weak(bad, slot)) {
+      }
+      return;
     }
-    return;
-  }
+  });
 }
 
-// Slots of one thread: whole tokens, in order.
+// Slots of one part: whole tokens, in order.
 struct Range {
   int64_t begin, end;
-  Range(const Routing& r, int thread, int num_threads)
-      : begin((r.begin + r.num_tokens * thread / num_threads) * r.args.top_k),
-        end((r.begin + r.num_tokens * (thread + 1) / num_threads) * r.args.top_k) {}
+  Range(const Routing& r, int64_t part, int num_parts)
+      : begin((r.begin + r.num_tokens * part / num_parts) * r.args.top_k),
+        end((r.begin + r.num_tokens * (part + 1) / num_parts) * r.args.top_k) {}
 };
 
 }  // namespace
 
 Status check_ids(const MoeArgs& a, int num_threads) {
   const int64_t slots = a.num_tokens * a.top_k;
-  Check check{a, slots};
-  run_team(slots <= kAloneSlots ? 1 : num_threads, check_part, &check);
+  Check check{a, slots, {}};
+  run_team(slots <= kAloneSlots ? 1 : num_threads, check_parts, &check);
   const int64_t slot = check.bad;
   if (slot == slots) return {};
   return failure(
@@ -70,26 +73,26 @@ Status check_ids(const MoeArgs& a, int num_threads) {
       static_cast<long long>(a.set->num_experts));
 }
 
-void Routing::count(int thread, int num_threads) const {
+void Routing::count(int64_t part, int num_parts) const {
   const ExpertSet& set = *args.set;
-  int64_t* mine = histogram + thread * set.num_experts;
+  int64_t* mine = histogram + part * set.num_experts;
   std::fill_n(mine, set.num_experts, 0);
-  const Range range(*this, thread, num_threads);
+  const Range range(*this, part, num_parts);
   for (int64_t slot = range.begin; slot < range.end; ++slot) {
     const int64_t id = id_at(args, slot);
     if (here(set, id)) ++mine[id];
   }
 }
 
-void Routing::plan(int num_threads) {
+void Routing::plan(int num_parts) {
   const int64_t num_experts = args.set->num_experts;
   num_active = 0;
   first[0] = 0;
   for (int64_t e = 0; e < num_experts; ++e) {
     int64_t next = first[num_active];
-    for (int t = 0; t < num_threads; ++t) {  // a count becomes the place of the thread's first slot
-      const int64_t mine = histogram[t * num_experts + e];
-      histogram[t * num_experts + e] = next;
+    for (int part = 0; part < num_parts; ++part) {  // a count becomes its part's first place
+      const int64_t mine = histogram[part * num_experts + e];
+      histogram[part * num_experts + e] = next;
       next += mine;
     }
     if (next == first[num_active]) continue;
@@ -103,10 +106,10 @@ void Routing::plan(int num_threads) {
   });
 }
 
-void Routing::scatter(int thread, int num_threads) const {
+void Routing::scatter(int64_t part, int num_parts) const {
   const ExpertSet& set = *args.set;
-  int64_t* next = histogram + thread * set.num_experts;
-  const Range range(*this, thread, num_threads);
+  int64_t* next = histogram + part * set.num_experts;
+  const Range range(*this, part, num_parts);
   for (int64_t slot = range.begin; slot < range.end; ++slot) {
     const int64_t id = id_at(args, slot);
     if (!here(set, id)) continue;

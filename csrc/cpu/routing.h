@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which slots (token, k) belong to which expert: a counting sort, shared out over the team. The
-// order of slots within an expert is theirs in topk_ids, whatever the number of threads.
+// Which slots (token, k) belong to which expert: a counting sort, shared out in parts. The
+// order of slots within an expert is theirs in topk_ids, whatever the number of parts.
 #pragma once
 
 #include "../moe.h"
@@ -24,14 +24,14 @@ struct Routing {
   int64_t* first;      // [num_active + 1]
   int32_t* token;      // [slots] token, counted from begin
   float* weight;       // [slots]
-  int64_t* histogram;  // [num_threads][num_experts]
+  int64_t* histogram;  // [num_parts][num_experts]
 
   int64_t slots() const { return first[num_active]; }
 
-  // In this order, with a barrier of the team between; thread 0 alone plans.
-  void count(int thread, int num_threads) const;
-  void plan(int num_threads);
-  void scatter(int thread, int num_threads) const;
+  // In this order: all parts counted before the plan, which comes before any is scattered.
+  void count(int64_t part, int num_parts) const;
+  void plan(int num_parts);
+  void scatter(int64_t part, int num_parts) const;
 };
 
 }  // namespace ey::cpu

@@ -49,15 +49,23 @@ void Event::wait_while(uint32_t value) {
   sleepers_.fetch_sub(1, std::memory_order_relaxed);
 }
 
-void Team::barrier() {
-  if (size_ == 1) return;
-  const uint32_t round = passed_.value();
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    passed_.advance();
-  } else {
-    passed_.wait_while(round);
+Tasks::Run Tasks::take(int64_t total, int64_t longest, int threads) {
+  int64_t begin = next_.load(std::memory_order_relaxed);
+  for (;;) {
+    if (begin >= total) return {total, total};
+    const int64_t run = std::clamp<int64_t>((total - begin) / (threads * 4), 1, longest);
+    const int64_t end = std::min(begin + run, total);
+    if (next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) return {begin, end};
   }
+}
+
+void Tasks::finish(int64_t tasks, int64_t total) {
+  if (tasks == 0) return;
+  if (done_.fetch_add(tasks, std::memory_order_acq_rel) + tasks == total) over_.advance();
+}
+
+void Tasks::wait(int64_t total) {
+  if (done_.load(std::memory_order_acquire) < total) over_.wait_while(0);
 }
 
 namespace {
@@ -67,20 +75,44 @@ struct Worker {
   std::thread thread;
 };
 
+// Who is in a run. A worker may enter while it is open; the caller closes it when no task is left,
+// and returns when the last worker has gone.
+class Door {
+ public:
+  void open() { inside_.store(0, std::memory_order_release); }
+  bool enter() {
+    uint32_t inside = inside_.load(std::memory_order_relaxed);
+    while ((inside & kClosed) == 0) {
+      if (inside_.compare_exchange_weak(inside, inside + 1, std::memory_order_acquire)) return true;
+    }
+    return false;
+  }
+  void leave() {
+    if (inside_.fetch_sub(1, std::memory_order_acq_rel) == (kClosed | 1)) empty_.advance();
+  }
+  void close() {
+    const uint32_t round = empty_.value();
+    if (inside_.fetch_or(kClosed, std::memory_order_acq_rel) != 0) empty_.wait_while(round);
+  }
+
+ private:
+  static constexpr uint32_t kClosed = 1u << 31;
+  alignas(64) std::atomic<uint32_t> inside_{kClosed};
+  alignas(64) Event empty_;
+};
+
 class Pool {
  public:
   void run(int n, TeamFunction function, void* context) {
     const std::lock_guard<std::mutex> one_run_at_a_time(mutex_);
     n = 1 + grow(n - 1);
-    Team team(n);
     function_ = function;
     context_ = context;
-    team_ = &team;
-    done_.store(0, std::memory_order_relaxed);
-    const uint32_t round = finished_.value();
+    threads_ = n;
+    door_.open();
     for (int i = 1; i < n; ++i) workers_[i - 1]->go.advance();
-    function(context, team, 0);
-    if (n > 1) finished_.wait_while(round);
+    function(context, 0, n);
+    door_.close();
   }
 
  private:
@@ -99,13 +131,13 @@ class Pool {
   }
 
   void serve(Worker& self, int index) {
-    for (uint32_t seen = 0;; ++seen) {
+    for (uint32_t seen = 0;;) {
       self.go.wait_while(seen);
-      Team& team = *team_;
-      const int others = team.size() - 1;
-      function_(context_, team, index);
-      // After the last worker's count the caller may return: nothing of the run is touched below.
-      if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == others) finished_.advance();
+      seen = self.go.value();
+      if (!door_.enter()) continue;  // too late: the run is over
+      // A worker that was called to an earlier run may find itself in a smaller one.
+      if (index < threads_) function_(context_, index, threads_);
+      door_.leave();
     }
   }
 
@@ -113,9 +145,8 @@ class Pool {
   std::vector<std::unique_ptr<Worker>> workers_;
   TeamFunction function_ = nullptr;
   void* context_ = nullptr;
-  Team* team_ = nullptr;
-  alignas(64) std::atomic<int> done_{0};
-  alignas(64) Event finished_;
+  int threads_ = 0;
+  Door door_;
 };
 
 // Never destroyed: at exit its workers are asleep in it, and a forked child has none to join.
@@ -133,14 +164,15 @@ Pool& the_pool() {
   return *p;
 }
 
+thread_local LentTeam lent = nullptr;
+
 }  // namespace
 
+void lend_team(LentTeam team) { lent = team; }
+
 void run_team(int n, TeamFunction function, void* context) {
-  if (n <= 1) {
-    Team alone(1);
-    function(context, alone, 0);
-    return;
-  }
+  if (n <= 1) return function(context, 0, 1);
+  if (lent != nullptr) return lent(n, function, context);
   the_pool().run(n, function, context);
 }
 

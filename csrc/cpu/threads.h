@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// A small thread pool for one purpose: run the same function on n threads, with barriers inside.
+// A small thread pool for one purpose: to share the tasks of a run among at most n threads.
 //
-// The caller is thread 0. Workers spin for a bounded time after a run, then sleep on a futex: a
-// decode loop finds them awake, an idle process uses no CPU. Nothing is ever pinned. A fork leaves
-// the child without workers; it makes its own at its first run.
+// The caller is thread 0, and it waits for tasks, never for threads: a worker that the system lets
+// run late, or not at all while others want its CPU, leaves its share to those that are there.
+// Workers spin for a bounded time after a run, then sleep on a futex: a decode loop finds them
+// awake, an idle process uses no CPU. Nothing is ever pinned. A fork leaves the child without
+// workers; it makes its own at its first run.
 #pragma once
 
 #include <atomic>
@@ -23,24 +25,50 @@ class Event {
   std::atomic<uint32_t> sleepers_{0};
 };
 
-// What a run's function sees.
-class Team {
+// One phase of a run: tasks 0 .. total - 1, each done by whichever thread takes it. total is the
+// same in every call. The phase is over when all are done, however many threads took some.
+class Tasks {
  public:
-  explicit Team(int size) : size_(size) {}
-  int size() const { return size_; }
-  void barrier();  // returns once all threads of the team have called it
+  struct Run {
+    int64_t begin, end;  // none left: begin == end
+  };
+
+  // The next run of tasks: long ones first, single ones at the end, so that threads end together.
+  Run take(int64_t total, int64_t longest, int threads);
+  // `tasks` of those that this thread took are done.
+  void finish(int64_t tasks, int64_t total);
+  // Returns once all are done; what they wrote can be read.
+  void wait(int64_t total);
+
+  // A whole phase of few tasks: task(i) for those that this thread gets, then wait.
+  template <class Task>
+  void each(int64_t total, Task task) {
+    int64_t mine = 0;
+    for (Run run = take(total, 1, 1); run.begin < run.end; run = take(total, 1, 1), ++mine)
+      task(run.begin);
+    finish(mine, total);
+    wait(total);
+  }
 
  private:
-  const int size_;
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) Event passed_;
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int64_t> done_{0};
+  Event over_;
 };
 
-using TeamFunction = void (*)(void* context, Team& team, int thread);
+// What a thread of a run calls: thread < threads, and no two have the same.
+using TeamFunction = void (*)(void* context, int thread, int threads);
 
-// Runs function(context, team, 0 .. n-1), each on its own thread; returns when all have returned.
-// Runs from several Python threads at once take turns. function must not throw.
+// Runs function(context, 0, n) here, and function(context, i, n) on those of n - 1 workers that
+// come before it returns; then waits for these. So the function shares its work by Tasks, all of
+// which one thread could do alone. Runs from several Python threads at once take turns. function
+// must not throw.
 void run_team(int n, TeamFunction function, void* context);
+
+// Another pool for runs of the calling thread, as long as it is not null: a function that does what
+// run_team promises.
+using LentTeam = void (*)(int n, TeamFunction function, void* context);
+void lend_team(LentTeam team);
 
 struct ThreadLimits {
   int affinity;  // CPUs this process may run on

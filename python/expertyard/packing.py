@@ -5,7 +5,6 @@ One arena for all of them, so that an expert costs two blobs and nothing else; t
 and the expert that is being packed.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from .weights import Blobs, PackedExperts
 __all__ = ["ExpertPacker", "packed_bytes", "scale_type_of"]
 
 _ALIGNMENT = 64
+_HUGE_PAGE = 2 << 20
 
 
 def scale_type_of(format: Format, scale_dtype: torch.dtype | None = None) -> str:
@@ -107,7 +107,7 @@ class ExpertPacker:
         )
         needed = num_experts * sum(self.blob_bytes)
         if arena is None:
-            arena = aligned_bytes(needed, self.device)
+            arena = expert_arena(num_experts, self.blob_bytes, self.device)
         elif (
             arena.dtype != torch.uint8
             or arena.dim() != 1
@@ -238,15 +238,33 @@ class ExpertPacker:
         return codes, scales, zeros
 
 
-def aligned_bytes(count: int, device: torch.device | str = "cpu") -> Tensor:
+def expert_arena(
+    num_experts: int, blob_bytes: tuple[int, int], device: torch.device | str = "cpu"
+) -> Tensor:
+    """Memory for the blobs of a layer: uint8 [num_experts * (w13 + w2 bytes)], uninitialised. On a
+    machine of several NUMA nodes, each has its part of every blob (csrc/cpu/nodes.h)."""
+    count = num_experts * sum(blob_bytes)
+    nodes = int(_C.num_nodes()) if torch.device(device).type == "cpu" else 1
+    # a huge page lies on one node: where it would hold the parts of several, small ones are better
+    huge = nodes == 1 or min(blob_bytes) >= 2 * nodes * _HUGE_PAGE
+    arena = aligned_bytes(count, device, huge_pages=huge)
+    if nodes > 1:
+        _C.place_blobs(arena.data_ptr(), blob_bytes, num_experts)
+    return arena
+
+
+def aligned_bytes(
+    count: int, device: torch.device | str = "cpu", huge_pages: bool = True
+) -> Tensor:
     """Uninitialised uint8 [count] that begins at a multiple of 64 bytes (of a huge page, if large
     enough to have one)."""
-    alignment = 2 << 20 if count >= 4 << 20 and torch.device(device).type == "cpu" else _ALIGNMENT
+    large = count >= 2 * _HUGE_PAGE and torch.device(device).type == "cpu"
+    alignment = _HUGE_PAGE if large else _ALIGNMENT
     raw = torch.empty(count + alignment, dtype=torch.uint8, device=device)
     start = -raw.data_ptr() % alignment
     aligned = raw[start : start + count]
-    if aligned.device.type == "cpu" and alignment > _ALIGNMENT:
-        _C.advise_huge_pages(aligned.data_ptr(), math.floor(count / alignment) * alignment)
+    if large and huge_pages:
+        _C.advise_huge_pages(aligned.data_ptr(), count // alignment * alignment)
     return aligned
 
 

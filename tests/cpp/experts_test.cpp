@@ -11,9 +11,11 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "cpu/convert.h"
+#include "cpu/nodes.h"
 #include "packing.h"
 #include "registry.h"
 
@@ -279,15 +281,16 @@ int main() {
     const double tolerance = kernel->mode == Mode::kFast ? 3e-2 : 3.5e-3;
     for (const Packing& packing : packings_of(*kernel)) {
       for (const Shape& shape : shapes) {
-        for (const int threads : {1, 3}) {
+        for (const auto& [threads, nodes] : {std::pair{1, 1}, std::pair{3, 1}, std::pair{3, 2}}) {
+          cpu::pretend_nodes(nodes);
           const double error = error_of(*kernel, packing, shape, threads);
           ++runs;
           if (error <= tolerance) continue;
           ++failures;
-          std::printf("%s, groups of %lld: %lld tokens, %lld x %lld: error %g\n",
+          std::printf("%s, groups of %lld: %lld tokens, %lld x %lld, %d nodes: error %g\n",
                       name_of(*kernel).c_str(), static_cast<long long>(packing.group_size),
                       static_cast<long long>(shape.tokens), static_cast<long long>(shape.hidden),
-                      static_cast<long long>(shape.inner), error);
+                      static_cast<long long>(shape.inner), nodes, error);
         }
       }
     }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..formats import get_format
-from ..packing import ExpertPacker, aligned_bytes, packed_bytes, scale_type_of
+from ..packing import ExpertPacker, expert_arena, packed_bytes, scale_type_of
 from ..quantize import QuantizedMatrix, quantize
 from ..reference import apply_activation
 from ..weights import Blobs, PackedExperts
@@ -127,7 +127,7 @@ class Layer:
         one = ExpertPacker(1, s.hidden_size, s.intermediate_size, format, activation=s.activation)
         one.put(0, *self.quantized(format))
         sizes = packed_bytes(format, s.hidden_size, s.intermediate_size)
-        arena = aligned_bytes(s.num_experts * sum(sizes))
+        arena = expert_arena(s.num_experts, sizes)
         blobs: tuple[list[Tensor | None], list[Tensor | None]] = ([], [])
         for e in range(s.num_experts):
             at = e * sum(sizes)

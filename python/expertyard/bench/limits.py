@@ -73,7 +73,7 @@ class Limits:
         return float(_C.peak_gflops(kernel, self.num_threads))
 
     def dispatch_us(self) -> float:
-        """Microseconds of starting the threads and waiting for them, back to back; the median."""
+        """Microseconds of a meeting of own workers (not PyTorch's), back to back; the median."""
         return statistics.median(float(_C.dispatch_us(self.num_threads)) for _ in range(15))
 
     def summary(self) -> dict[str, float | None]:

@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model,
         "features": [name for name, has in _C.cpu_features().items() if has],
-        "threads": dict(_C.thread_limits()),
+        "threads": {**_C.thread_limits(), "team": _C.team()},
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
         "load_average": os.getloadavg()[0],

@@ -16,7 +16,7 @@ EXAMPLES = """examples:
 # package -> (oldest version that works, newest that was tested)
 SUPPORTED = {
     "torch": ((2, 11), (2, 15)),
-    "transformers": ((5, 7), (5, 23)),
+    "transformers": ((5, 7), (5, 24)),
 }
 
 
@@ -66,8 +66,8 @@ def examine() -> dict[str, Any]:
     isa = _C.forced_isa()
     problem = isa_problem()
     problems = [about["problem"] for about in packages.values() if about["problem"]]
-    if problem:
-        problems.append(problem)
+    team, team_problem = whose_threads()
+    problems += [found for found in (problem, team_problem) if found]
     limits = dict(_C.thread_limits())
     return {
         "expertyard": expertyard.__version__,
@@ -79,7 +79,9 @@ def examine() -> dict[str, Any]:
             **limits,
             "torch": torch.get_num_threads(),
             "used": min(torch.get_num_threads(), limits["usable"]),
+            "team": team,
         },
+        "numa": {"nodes": _C.num_nodes(), "may_place": _C.may_place()},
         "memory": machine_memory(),
         "kernels": [dict(kernel) for kernel in _C.kernels()],
         "chosen": {} if problem else chosen(),
@@ -100,6 +102,16 @@ def isa_problem() -> str:
     except ValueError as error:
         return str(error) if str(error).startswith("EXPERTYARD_ISA") else ""
     return ""
+
+
+def whose_threads() -> tuple[str, str]:
+    """`torch` or `own`: the threads that calls run on; and what is wrong with EXPERTYARD_TEAM."""
+    from expertyard.native import _C
+
+    try:
+        return str(_C.team()), ""
+    except ValueError as error:
+        return "", str(error)
 
 
 def chosen() -> dict[str, str]:
@@ -167,11 +179,24 @@ def render(facts: dict[str, Any]) -> list[Any]:
         f"{', '.join(features) or 'none'}{f'; not {chr(44).join(lacking)}' if lacking else ''}",
     )
     cgroup = threads["cgroup"] or "no limit"
+    whose = {"torch": ", PyTorch's own", "own": ", workers of ours"}.get(threads["team"], "")
     table.add_row(
         "threads",
-        f"{threads['used']} used (torch wants {threads['torch']}, affinity {threads['affinity']}, "
-        f"cgroup {cgroup})",
+        f"{threads['used']} used{whose} (torch wants {threads['torch']}, affinity "
+        f"{threads['affinity']}, cgroup {cgroup})",
     )
+    numa = facts["numa"]
+    if numa["nodes"] > 1:
+        table.add_row(
+            "NUMA",
+            f"{numa['nodes']} nodes, "
+            + (
+                "each with its part of every packed expert"
+                if numa["may_place"]
+                else "but this process may not say where its memory lies (a container without "
+                "set_mempolicy?): experts lie where they were first written"
+            ),
+        )
     memory = ", ".join(f"{name} {free / 2**30:.1f} GiB" for name, free in facts["memory"].items())
     table.add_row("free memory", memory)
     cuda = facts["cuda"]

@@ -8,6 +8,7 @@ imported, what the plan refuses before a weight is read.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     folder = find_folder(args.path)
     check_files(folder)
     request = request_keywords(args)
+    spin_briefly()
     with starting():
         import_hf(args.verbose)
         import torch
@@ -387,6 +389,16 @@ def generate_and_report(model: Any, tokenizer: Any, prompt_ids: Any, args: Any) 
         f"decode {made.num_new} tokens at {made.decode_speed:.1f} tokens/s "
         f"({model_threads()} threads)"
     )
+
+
+def spin_briefly() -> None:
+    """Tells OpenMP, unless the user has, to let PyTorch's threads sleep 0.1 ms after their work.
+
+    They spin for milliseconds else, and where another process wants their CPU each operation waits
+    for a thread that is not running: docs/cpu.md, "Beside torch's OpenMP".
+    """
+    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def model_threads() -> int:
