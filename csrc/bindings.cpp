@@ -160,12 +160,15 @@ ey::DType parse_dtype(const std::string& name) {
       {{"bfloat16", ey::DType::kBF16}, {"float16", ey::DType::kF16}, {"float32", ey::DType::kF32}});
 }
 
-using PlainMatrix =
-    std::tuple<uintptr_t, std::string, int64_t>;  // address, dtype, row stride, bytes
+// address, dtype or kind of blocks, bytes between rows
+using PlainMatrix = std::tuple<uintptr_t, std::string, int64_t>;
 
-ey::PlainRows plain_rows(const PlainMatrix& matrix) {
+ey::PlainRows plain_rows(const PlainMatrix& matrix, int64_t k) {
   const auto& [data, dtype, stride] = matrix;
-  return {reinterpret_cast<const char*>(data), parse_dtype(dtype), stride};
+  const ey::BlockDecoder decoder = ey::block_decoder(dtype.c_str());
+  if (k % decoder.weights) throw py::value_error("k is no multiple of a block of " + dtype);
+  return {reinterpret_cast<const char*>(data),
+          decoder.decode ? ey::DType::kF32 : parse_dtype(dtype), stride, decoder};
 }
 
 ey::BlockShape codes_shape(const std::string& format, const std::string& scale_type,
@@ -179,7 +182,7 @@ void quantize_rows(const std::string& format, const std::string& scale_type, int
                    bool zeros, bool search, int64_t rows, int64_t k, const PlainMatrix& source,
                    const std::array<uintptr_t, 3>& to) {
   const ey::BlockShape shape = codes_shape(format, scale_type, group_size, zeros, k);
-  const ey::PlainRows from = plain_rows(source);
+  const ey::PlainRows from = plain_rows(source, k);
   const py::gil_scoped_release others_may_run;
   throw_unless(ey::quantize_rows(shape, from, rows, search, reinterpret_cast<uint8_t*>(to[0]),
                                  reinterpret_cast<char*>(to[1]), reinterpret_cast<char*>(to[2])));
@@ -192,7 +195,7 @@ void quantize_blob(const std::string& format, const std::string& scale_type, int
   const ey::BlockShape shape = codes_shape(format, scale_type, group_size, zeros, k);
   if (sources.size() != 1 && sources.size() != 2) throw py::value_error("one matrix, or two");
   std::vector<ey::PlainRows> from;
-  for (const auto& source : sources) from.push_back(plain_rows(source));
+  for (const auto& source : sources) from.push_back(plain_rows(source, k));
   const py::gil_scoped_release others_may_run;
   throw_unless(ey::quantize_blob(shape, rows, from.data(), static_cast<int>(from.size()), search,
                                  reinterpret_cast<char*>(out)));

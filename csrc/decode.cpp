@@ -136,13 +136,20 @@ constexpr int kLine = 16;  // words of a cache line
 
 }  // namespace
 
+BlockDecoder block_decoder(const char* kind) {
+  const auto is = [&](const char* name) { return std::strcmp(kind, name) == 0; };
+  if (is("q5_1")) return {q5_1, 32};
+  if (is("q5_k")) return {q5_k, 256};
+  if (is("q6_k")) return {q6_k, 256};
+  return {};
+}
+
 Status decode_ggml(const char* kind, const uint8_t* blocks, int64_t count, void* out) {
   const auto is = [&](const char* name) { return std::strcmp(kind, name) == 0; };
   if (is("q5_0")) return q5_0(blocks, count, static_cast<uint8_t*>(out)), Status{};
   if (is("q4_k")) return q4_k(blocks, count, static_cast<uint8_t*>(out)), Status{};
-  if (is("q5_1")) return q5_1(blocks, count, static_cast<float*>(out)), Status{};
-  if (is("q5_k")) return q5_k(blocks, count, static_cast<float*>(out)), Status{};
-  if (is("q6_k")) return q6_k(blocks, count, static_cast<float*>(out)), Status{};
+  const BlockDecoder plain = block_decoder(kind);
+  if (plain.decode) return plain.decode(blocks, count, static_cast<float*>(out)), Status{};
   return failure("kind: expected q5_0, q5_1, q4_k, q5_k or q6_k, got %s", kind);
 }
 

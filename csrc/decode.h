@@ -9,8 +9,17 @@
 
 namespace ey {
 
+// Writes the weights of `count` blocks in fp32; a block has `weights` of them.
+struct BlockDecoder {
+  void (*decode)(const uint8_t* blocks, int64_t count, float* out) = nullptr;
+  int64_t weights = 1;
+};
+
+// Of q5_1, q5_k and q6_k, which no format of ours holds; empty for every other kind.
+BlockDecoder block_decoder(const char* kind);
+
 // A run of GGUF blocks. q5_0 and q4_k: one code a byte (q5_0: as int8 has them, integer + 128);
-// q5_1, q5_k and q6_k: the weights in fp32. Fails for other kinds.
+// what has a BlockDecoder: the weights in fp32. Fails for other kinds.
 Status decode_ggml(const char* kind, const uint8_t* blocks, int64_t count, void* out);
 
 // GPTQ, 4 bits: words [inputs / 8, outputs] -> codes [outputs, inputs].

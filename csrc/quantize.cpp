@@ -233,17 +233,24 @@ EY_INLINE Problem quantize_group(const Job& job, const float* w, const Range& ra
 }
 
 template <int N>
-EY_INLINE void load_row(const Job& job, const char* from, DType dtype, float* to) {
+EY_INLINE void load_row(const Job& job, const PlainRows& rows, int64_t row, float* to) {
+  const char* from = rows.data + row * rows.stride;
+  if (rows.decoder.decode) {
+    const auto* blocks = reinterpret_cast<const uint8_t*>(from);
+    rows.decoder.decode(blocks, job.k / rows.decoder.weights, to);
+    std::fill(to + job.k, to + job.padded, 0.0f);
+    return;
+  }
   int64_t done = 0;
-  if (dtype == DType::kBF16) {
+  if (rows.dtype == DType::kBF16) {
     for (; done + N <= job.k; done += N) {
       const auto half = load<typename Vec<N>::H>(from + 2 * done);
       const auto wide = __builtin_convertvector(half, typename Vec<N>::I) << 16;
       __builtin_memcpy(to + done, &wide, sizeof wide);
     }
   }
-  const int64_t size = dtype == DType::kF32 ? 4 : 2;
-  cpu::load_row_fp32(from + done * size, dtype, job.k - done, job.padded - done, to + done);
+  const int64_t size = rows.dtype == DType::kF32 ? 4 : 2;
+  cpu::load_row_fp32(from + done * size, rows.dtype, job.k - done, job.padded - done, to + done);
 }
 
 template <int N, Format F, bool kZeros>
@@ -255,7 +262,7 @@ EY_INLINE Problem rows_of(const Job& job, const PlainRows& from, int64_t rows, f
   if (shared) {
     std::fill(blocks, blocks + job.groups, 0.0f);
     for (int64_t r = 0; r < rows; ++r) {
-      load_row<N>(job, from.data + r * from.stride, from.dtype, row);
+      load_row<N>(job, from, r, row);
       for (int64_t g = 0; g < job.groups; ++g) {
         const Range range = range_of<N>(row + g * job.group, job.group);
         if (!range.finite()) return Problem::kWeight;
@@ -264,7 +271,7 @@ EY_INLINE Problem rows_of(const Job& job, const PlainRows& from, int64_t rows, f
     }
   }
   for (int64_t r = 0; r < rows; ++r) {
-    load_row<N>(job, from.data + r * from.stride, from.dtype, row);
+    load_row<N>(job, from, r, row);
     for (int64_t g = 0; g < job.groups; ++g) {
       const float* w = row + g * job.group;
       const int64_t at = (r * job.groups + g) * size;
@@ -350,6 +357,11 @@ Status status_of(Problem problem) {
                  problem == Problem::kWeight ? "weight" : "scales");
 }
 
+PlainRows from_row(PlainRows rows, int64_t first) {
+  rows.data += first * rows.stride;
+  return rows;
+}
+
 // Room for what `rows` rows of a matrix become.
 struct Scratch {
   std::vector<uint8_t> codes;
@@ -372,7 +384,7 @@ Status quantize_rows(const BlockShape& shape, const PlainRows& from, int64_t row
   const int64_t scale_stride = job.groups * size_of(job.scale_type);
   for (int64_t first = 0; first < rows; first += kScaleRows) {
     const int64_t count = std::min(kScaleRows, rows - first);
-    const PlainRows part{from.data + first * from.stride, from.dtype, from.stride};
+    const PlainRows part = from_row(from, first);
     uint8_t* to = codes + first * job.k;
     const Problem problem = run(
         job, part, count, row.data(), blocks.data(), padded.empty() ? to : padded.data(),
@@ -397,8 +409,7 @@ Status quantize_blob(const BlockShape& shape, int64_t rows, const PlainRows* sou
   for (int64_t first = 0; first < rows; first += run_rows) {
     const int64_t count = std::min(run_rows, rows - first);
     for (int s = 0; s < num_sources; ++s) {
-      const PlainRows part{sources[s].data + first * sources[s].stride, sources[s].dtype,
-                           sources[s].stride};
+      const PlainRows part = from_row(sources[s], first);
       const Problem problem = run(job, part, count, row.data(), blocks.data(), made[s].codes.data(),
                                   job.padded, made[s].scales.data(), made[s].zeros.data());
       if (problem != Problem::kNone) return status_of(problem);

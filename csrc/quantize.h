@@ -10,15 +10,18 @@
 #include <cstdint>
 
 #include "blocks.h"
+#include "decode.h"
 #include "status.h"
 
 namespace ey {
 
-// Rows of weights: each contiguous, `stride` bytes apart.
+// Rows of weights: each contiguous, `stride` bytes apart. With a decoder a row is whole blocks,
+// which become numbers when the row is quantised, in the first cache.
 struct PlainRows {
   const char* data;
   DType dtype;
   int64_t stride;
+  BlockDecoder decoder = {};
 };
 
 // codes [rows, shape.k], one a byte; scales and zeros [rows, groups] of shape.packing.scale_type,

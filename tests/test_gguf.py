@@ -15,9 +15,11 @@ from gguf import GGUFWriter
 
 import expertyard as ey
 from expertyard.errors import LoadError
+from expertyard.formats import get_format
 from expertyard.linear import PackedLinear
 from expertyard.loading import GgufCheckpoint, gguf_files
-from expertyard.quantize import QuantizedMatrix
+from expertyard.packing import ExpertPacker
+from expertyard.quantize import QuantizedMatrix, quantize
 from gguf_writers import K_TYPES, PLAIN, encode, write_qwen3_moe
 from hf_families import greedy, load, logits, prompts, save, tiny_model
 
@@ -67,6 +69,42 @@ def test_every_type_is_read_as_its_own_numbers(tmp_path, kind):
         else:
             largest = expected.abs().max()
             assert (matrix - expected).abs().max() < 2e-3 * largest
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("format", ["int8-g32", "int8", "int4-g32-asym", "fp8", "mxfp4"])
+@pytest.mark.parametrize("kind", ["Q5_1", "Q5_K", "Q6_K"])
+def test_blocks_are_packed_as_their_numbers_are(tmp_path, kind, format, search):
+    columns = 288 if kind == "Q5_1" else 512  # 288: the last group of fp8 is short
+    values = np.random.default_rng(1).normal(size=(2, 150, columns)) * 0.05
+    raw, _ = encode(values, kind)
+    checkpoint = GgufCheckpoint([write(tmp_path / "x.gguf", {"w": (raw, kind)})])
+    gate, up = (checkpoint.matrix("w", expert) for expert in range(2))
+    down = torch.randn(columns, 150, generator=torch.Generator().manual_seed(2))
+    packer = ExpertPacker(3, columns, 150, format, search=search)
+    packer.put(0, gate, up, down)
+    packer.put(1, gate.float(), up.float(), down)
+    packer.put(2, *(quantize(w, get_format(format), search=search) for w in (gate, up, down)))
+    for number in (1, 2):
+        for got, expected in zip(packer.blobs(0), packer.blobs(number), strict=True):
+            assert torch.equal(got, expected)
+    apart = quantize(gate[::2], get_format("int8-g32"))
+    assert torch.equal(apart.codes, quantize(gate.float()[::2], get_format("int8-g32")).codes)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("kind", "at"),
+    [("Q8_0", 0), ("Q4_0", 0), ("Q4_1", 2), ("Q5_0", 0), ("Q5_1", 0), ("Q5_1", 2), ("Q4_K", 0),
+     ("Q5_K", 0), ("Q5_K", 2), ("Q6_K", 208)],
+)  # fmt: skip
+def test_scales_that_are_no_numbers_are_named(tmp_path, kind, at, value):
+    raw, _ = encode(np.ones((2, 4, 512)), kind)
+    raw[1, 2, at : at + 2] = np.array([value], dtype=np.float16).view(np.uint8)
+    checkpoint = GgufCheckpoint([write(tmp_path / "x.gguf", {"w": (raw, kind)})])
+    checkpoint.matrix("w", 0)
+    with pytest.raises(LoadError, match=r"x\.gguf: tensor 'w': .*NaN or infinity.* is corrupt"):
+        checkpoint.matrix("w", 1)
 
 
 @pytest.mark.parametrize("kind", [*PLAIN, *K_TYPES])

@@ -142,3 +142,5 @@ def test_native_code_checks_names():
         _C.quantize_rows("bf16", "none", 0, False, False, 1, 1, (0, "float32", 4), (0, 0, 0))
     with pytest.raises(ValueError, match="'int32' is not one of"):
         _C.quantize_rows("int8", "fp32", 0, False, False, 1, 1, (0, "int32", 4), (0, 0, 0))
+    with pytest.raises(ValueError, match="k is no multiple of a block of q6_k"):
+        _C.quantize_rows("int8", "fp32", 0, False, False, 1, 128, (0, "q6_k", 210), (0, 0, 0))

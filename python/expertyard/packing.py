@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import KernelError
 from .formats import Format, get_format
 from .native import _C
-from .quantize import SCALE_TYPES, QuantizedMatrix, native_rows, native_source, quantize
+from .quantize import SCALE_TYPES, Plain, QuantizedMatrix, native_rows, native_source, quantize
 from .reference import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT, has_gate
 from .weights import Blobs, PackedExperts
 
@@ -133,9 +133,9 @@ class ExpertPacker:
     def put(
         self,
         expert: int,
-        gate: Tensor | QuantizedMatrix | None,
-        up: Tensor | QuantizedMatrix,
-        down: Tensor | QuantizedMatrix,
+        gate: Plain | QuantizedMatrix | None,
+        up: Plain | QuantizedMatrix,
+        down: Plain | QuantizedMatrix,
         *,
         gate_bias: Tensor | None = None,
         up_bias: Tensor | None = None,
@@ -185,7 +185,7 @@ class ExpertPacker:
         )
 
     def _write(
-        self, matrices: dict[str, Tensor | QuantizedMatrix], shape: tuple[int, int], out: Tensor
+        self, matrices: dict[str, Plain | QuantizedMatrix], shape: tuple[int, int], out: Tensor
     ) -> None:
         """One blob. Plain weights in RAM are quantised and laid out in one go."""
         for name, matrix in matrices.items():
@@ -199,7 +199,7 @@ class ExpertPacker:
             self.format.group_size,
             self.format.asymmetric,
         )
-        plain = [native_rows(m.detach()) for m in matrices.values() if isinstance(m, Tensor)]
+        plain = [native_rows(m) for m in matrices.values() if not isinstance(m, QuantizedMatrix)]
         rows = [m for m in plain if m is not None]
         if self.format.base != "bf16" and len(rows) == len(matrices):
             try:
@@ -213,15 +213,16 @@ class ExpertPacker:
         _C.pack_blob(*packing, sources=addresses, **where)
 
     def _codes(
-        self, name: str, matrix: Tensor | QuantizedMatrix
+        self, name: str, matrix: Plain | QuantizedMatrix
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.format.base == "bf16":
             if isinstance(matrix, QuantizedMatrix):
                 raise KernelError(f"{name}: expected plain weights, got {matrix.format.name} codes")
-            return matrix.detach().to("cpu", torch.bfloat16).contiguous(), None, None
+            numbers = matrix.detach() if isinstance(matrix, Tensor) else matrix.float()
+            return numbers.to("cpu", torch.bfloat16).contiguous(), None, None
         if not isinstance(matrix, QuantizedMatrix):
             matrix = quantize(
-                matrix.detach(), self.format, search=self.search, scale_dtype=self._scale_dtype
+                matrix, self.format, search=self.search, scale_dtype=self._scale_dtype
             )
         if matrix.format.name != self.format.name:
             raise KernelError(

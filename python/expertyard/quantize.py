@@ -7,6 +7,7 @@ in torch, and serves every other device and dtype.
 """
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from .native import _C
 
 __all__ = [
     "E2M1",
+    "BlockMatrix",
+    "Plain",
     "QuantizedMatrix",
     "native_rows",
     "native_source",
@@ -126,8 +129,40 @@ class QuantizedMatrix:
         return of_groups.repeat_interleave(group, dim=1)[:, :cols]
 
 
+@dataclass(frozen=True)
+class BlockMatrix:
+    """One [rows, cols] weight matrix in GGUF blocks that no native format holds: plain numbers for
+    who reads it. Native code quantises it without ever having all of them in memory.
+
+    kind     "q5_1", "q5_k" or "q6_k", in RAM
+    blocks   uint8 [rows, blocks of a row, bytes], the last two contiguous
+    weights  of a block
+    """
+
+    kind: str
+    blocks: Tensor
+    weights: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.blocks.shape[0], self.blocks.shape[1] * self.weights
+
+    def __getitem__(self, rows: slice) -> "BlockMatrix":
+        return BlockMatrix(self.kind, self.blocks[rows], self.weights)
+
+    def float(self) -> Tensor:
+        """The weights, [rows, cols] float32, in new memory."""
+        blocks, out = self.blocks.contiguous(), torch.empty(self.shape)
+        count = blocks.shape[0] * blocks.shape[1]
+        _C.decode_ggml(self.kind, blocks.data_ptr(), count, out.data_ptr())
+        return out
+
+
+Plain: TypeAlias = Tensor | BlockMatrix
+
+
 def quantize(
-    weight: Tensor,
+    weight: Plain,
     format: Format,
     *,
     search: bool = False,
@@ -143,8 +178,9 @@ def quantize(
     Raises KernelError for a weight that is not finite.
     """
     scale_dtype = _checked(weight, format, scale_dtype)
-    readable = native_rows(weight.detach())
+    readable = native_rows(weight)
     if readable is None:
+        assert isinstance(weight, Tensor)
         return quantize_in_torch(weight, format, search=search, scale_dtype=scale_dtype)
     rows, cols = weight.shape
     shape = (rows, _num_groups(format, cols))
@@ -168,23 +204,30 @@ def quantize(
     return QuantizedMatrix(format, codes, scales, zeros)
 
 
-def native_rows(weight: Tensor) -> Tensor | None:
+def native_rows(weight: Plain) -> Plain | None:
     """The matrix with contiguous rows (a copy only if they are not), or None if native code cannot
     read its dtype or its device."""
+    if isinstance(weight, BlockMatrix):
+        return weight
+    weight = weight.detach()
     if weight.device.type != "cpu" or weight.dtype not in SCALE_DTYPES:
         return None
     return weight if weight.stride(1) == 1 else weight.contiguous()
 
 
-def native_source(rows: Tensor) -> tuple[int, str, int]:
-    """Address, dtype and bytes between rows, as _C wants them."""
+def native_source(rows: Plain) -> tuple[int, str, int]:
+    """Address, dtype or kind of blocks, and bytes between rows, as _C wants them."""
+    if isinstance(rows, BlockMatrix):
+        return rows.blocks.data_ptr(), rows.kind, rows.blocks.stride(0)
     dtype = str(rows.dtype).removeprefix("torch.")
     return rows.data_ptr(), dtype, rows.stride(0) * rows.element_size()
 
 
-def _checked(weight: Tensor, format: Format, scale_dtype: torch.dtype | None) -> torch.dtype:
+def _checked(weight: Plain, format: Format, scale_dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of the scales. Raises KernelError."""
-    if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
+    if isinstance(weight, Tensor) and (
+        weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape
+    ):
         raise KernelError(
             f"weight: expected [rows, cols] of floats, got {list(weight.shape)} {weight.dtype}"
         )
@@ -211,7 +254,7 @@ def quantize_in_torch(
     rows, cols = weight.shape
     groups = _num_groups(format, cols)
     size = format.group_size or cols
-    w = weight.float()
+    w = weight.detach().float()
     if not bool(torch.isfinite(w).all()):
         raise KernelError("weight: expected finite numbers, got NaN or infinity")
     if groups * size != cols:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from expertyard.errors import KernelError, LoadError
 from expertyard.spec import resolve_target
+from expertyard.spec.headers import MANIFEST
 from expertyard.spec.model import ModelSpec
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def open_target(target: str) -> Target:
     path = Path(target)
     if path.suffix == ".gguf" and os.path.isfile(target):  # False for what can be no path at all
         return _opened(path)
-    if os.path.isfile(path / "expertyard.json"):
+    if os.path.isfile(path / MANIFEST):
         return _opened(path)
     spec = resolve_target(target)
     if not os.path.isdir(target) or not _is_quantised(path, spec):

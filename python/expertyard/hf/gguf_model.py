@@ -53,6 +53,7 @@ def open_gguf(path: Path) -> Opened:
     dense = _dense(checkpoint, model, tables, processor, path)
     return Opened(
         config,
+        model,
         "gguf",
         _Processed(checkpoint, processor),
         sources,

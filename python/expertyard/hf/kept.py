@@ -57,17 +57,13 @@ class Kept:
 NOTHING_KEPT = Kept()
 
 
-def choose_kept(opened: Opened, model: Any, wanted: bool) -> Kept:
-    """What becomes of every quantised weight that is no expert's.
-
-    model   the skeleton, of which only classes and shapes are looked at
-    wanted  False: all are made plain
-    """
+def choose_kept(opened: Opened, wanted: bool) -> Kept:
+    """What becomes of every quantised weight that is no expert's; `wanted` or all made plain."""
     layers: dict[str, str] = {}
     plain: dict[str, str] = {}
-    modules = dict(model.named_modules())
-    tied = {name.removesuffix(".weight") for name in _tied(model)}
-    in_float32 = _patterns(model)
+    modules = dict(opened.model.named_modules())
+    tied = {name.removesuffix(".weight") for name in _tied(opened.model)}
+    in_float32 = _patterns(opened.model)
     for key in opened.dense:
         stored = opened.checkpoint.stored(key)
         if stored is None:

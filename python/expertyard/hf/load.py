@@ -34,7 +34,6 @@ from .skeleton import (
     open_folder,
     read_config,
     settings_of,
-    skeleton,
 )
 
 __all__ = ["find_model", "from_pretrained", "open_model", "say_what_is_made_plain"]
@@ -131,7 +130,7 @@ def _load(opened: Opened, ours: ExpertsConfig, dtype: Any, options: dict[str, An
     config, folder = opened.config, opened.folder
     if "generation_config" not in options and (folder / "generation_config.json").is_file():
         options["generation_config"] = GenerationConfig.from_pretrained(folder)
-    kept = choose_kept(opened, skeleton(config), ours.options.dense == "keep")
+    kept = choose_kept(opened, ours.options.dense == "keep")
     say_what_is_made_plain(opened, kept, dtype)
     read = Reading(opened.checkpoint, opened.sources, folder=opened.spec_folder, kept=kept)
     with reading(read):

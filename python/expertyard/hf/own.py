@@ -18,7 +18,7 @@ from ..spec.model import LayerSpec, Stored, shapes_bytes
 from .kept import choose_kept, saved_bytes, shapes_of
 from .layers import layer_number
 from .load import open_model
-from .skeleton import read_config, settings_of, skeleton
+from .skeleton import read_config, settings_of
 
 __all__ = ["Own", "own_of", "spec_of"]
 
@@ -91,7 +91,7 @@ def own_of(source: Path, itemsize: int = 2) -> tuple[ModelSpec, Own]:
         opened = open_model(source)
         spec = spec_of(opened.config.to_dict(), opened.spec_folder)
         named = {s.name: native_format(opened.checkpoint, s)[0] for s in opened.sources}
-        kept = choose_kept(opened, skeleton(opened.config), True)
+        kept = choose_kept(opened, True)
         shapes = list(shapes_of(kept, opened.checkpoint))
     experts = {layer_number(name): format for name, format in named.items()}
     return spec, Own(experts, saved_bytes(shapes, itemsize) if shapes else None)

@@ -37,18 +37,18 @@ from ..loading.packed_folder import (
 from ..loading.progress import Meter, metered
 from ..loading.writer import new_file
 from ..packing import packed_bytes
+from ..spec.headers import INDEX
 from .config import PACKED, QUANT_METHOD
 from .dense import dense_tensor
 from .kept import Kept, choose_kept, packed_matrix, shapes_of
 from .load import find_model, open_model, say_what_is_made_plain
-from .skeleton import Opened, model_dtype, skeleton
+from .skeleton import Opened, model_dtype
 
 __all__ = ["pack"]
 
 PARTIAL = "expertyard.partial.json"
 _SHARD = 4 << 30  # bytes of plain weights a file
 _KEPT_SHARD = 128 << 20  # bytes of quantised ones, which are in memory at once
-_INDEX = "model.safetensors.index.json"
 
 
 def pack(
@@ -110,7 +110,7 @@ def pack(
                 opened, layer, formats[layer.name], search, out / name, meter
             )
             note(out / name)
-    kept = choose_kept(opened, skeleton(opened.config), dense == "keep")
+    kept = choose_kept(opened, dense == "keep")
     say_what_is_made_plain(opened, kept, model_dtype(opened.config))
     for name, modules in _kept_shards(opened, kept):
         if name not in files or not matrices.keys() >= set(modules):
@@ -123,7 +123,7 @@ def pack(
             _write_dense(opened, keys, out / name)
             note(out / name)
     index = {"metadata": {}, "weight_map": weight_map}
-    (out / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    (out / INDEX).write_text(json.dumps(index, indent=1) + "\n")
     _copy_small_files(opened, out)
     _write_config(opened, formats, out)
     write_manifest(out / MANIFEST, done)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint on disk, opened with the model that it is for: which tensor is which parameter.
 
-The model is a skeleton on the meta device and is thrown away; nothing is read but headers.
+The model is a skeleton on the meta device; nothing is read but headers.
 """
 
 import json
@@ -16,13 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import LoadError
 from ..loading import Checkpoint, ExpertsLayout, LayerSource, check, read_quantised
-from ..spec.headers import read_folder
+from ..spec.headers import INDEX, read_folder
 from .layers import find_experts, recognise
 from .sources import split_keys
 
 __all__ = ["Opened", "model_class", "model_dtype", "open_folder", "skeleton"]
-
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class Opened:
     """A checkpoint and its model.
 
     config   without a quantization_config
+    model    the skeleton, of which only classes and shapes are looked at
     method   the quantised layout's name, "" for plain numbers
     sources  of the experts; layouts of their modules
     dense    keys of everything else that the model has -> names that transformers loads
@@ -38,6 +37,7 @@ class Opened:
     """
 
     config: Any
+    model: Any
     method: str
     checkpoint: Checkpoint
     sources: tuple[LayerSource, ...]
@@ -68,7 +68,7 @@ def read_config(folder: Path, **options: Any) -> Any:
 
 def files_of(folder: Path) -> list[Path]:
     """The safetensors files of a folder, by its index if it has one; checked against it."""
-    if (folder / _INDEX).is_file():
+    if (folder / INDEX).is_file():
         tensors = read_folder(folder)
         return sorted({info.file for info in tensors.values()})
     files = sorted(folder.glob("*.safetensors"))
@@ -122,7 +122,7 @@ def open_folder(folder: Path, config: Any = None) -> Opened:
     for source in sources:
         check(checkpoint, source)
     return Opened(
-        config, method, checkpoint, tuple(sources), layouts, {key: key for key in dense},
+        config, model, method, checkpoint, tuple(sources), layouts, {key: key for key in dense},
         folder, folder, {key: name for key, name in dense.items() if name},
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from ..formats import get_format
 from ..packing import ExpertPacker, scale_type_of
 from ..quantize import QuantizedMatrix
 from ..weights import Blobs, PackedExperts
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, in_float32
 from .convert import SCRATCH, common_scales, in_format
 from .expert import keys_of, read_expert
 from .layer import DTYPES, Flat, LayerSource, PerExpert, Rows, Stacked, Whole
@@ -210,9 +210,9 @@ def _packed(
         biases.update({(name, wanted[place]): bias for name, bias in own.items()})
         try:
             *first, up, down = [
-                matrix  # the packer quantises plain numbers
-                if isinstance(matrix, Tensor)
-                else in_format(matrix, target, search, scale_dtype)
+                in_format(matrix, target, search, scale_dtype)
+                if isinstance(matrix, QuantizedMatrix)
+                else matrix  # the packer quantises plain numbers
                 for matrix in expert.matrices
             ]
             packer.put(place, first[0] if first else None, up, down, **own)
@@ -296,9 +296,7 @@ def _fill(
         expert = read_expert(checkpoint, source, wanted[place])
         for name, target in zip((*names, "down"), (*w13[place], w2[place]), strict=True):
             matrix = getattr(expert, name)
-            if isinstance(matrix, QuantizedMatrix):
-                matrix = matrix.dequantize(torch.float32)
-            target.copy_(matrix)
+            target.copy_(matrix if isinstance(matrix, Tensor) else in_float32(matrix))
             columns[name][wanted[place]] = target
             bias = getattr(expert, f"{name}_bias")
             columns[f"{name}_bias"][wanted[place]] = None if bias is None else bias.to(device)

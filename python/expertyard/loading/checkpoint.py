@@ -15,10 +15,10 @@ import torch
 from safetensors import safe_open
 
 from ..errors import LoadError
-from ..quantize import QuantizedMatrix
+from ..quantize import Plain, QuantizedMatrix
 from ..spec.headers import TensorInfo, read_header
 
-__all__ = ["FLOATS", "Checkpoint", "Matrix", "Stored"]
+__all__ = ["FLOATS", "Checkpoint", "Matrix", "Stored", "in_float32"]
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FORMATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
@@ -29,7 +29,7 @@ _TORCH = {
     "I64": torch.int64, "F64": torch.float64,
 }  # fmt: skip
 
-Matrix: TypeAlias = torch.Tensor | QuantizedMatrix
+Matrix: TypeAlias = Plain | QuantizedMatrix
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ class Checkpoint:
         stored = self._stored.get(key)
         if stored is not None:
             if len(stored.shape) == 2:
-                return _float(stored.read(None))
-            return torch.stack([_float(stored.read(e)) for e in range(stored.shape[0])])
+                return in_float32(stored.read(None))
+            return torch.stack([in_float32(stored.read(e)) for e in range(stored.shape[0])])
         return self.raw(key)
 
     def raw(self, key: str) -> torch.Tensor:
@@ -183,7 +183,8 @@ class Checkpoint:
         return tensor if expert is None else tensor[expert]
 
 
-def _float(matrix: Matrix) -> torch.Tensor:
+def in_float32(matrix: Matrix) -> torch.Tensor:
+    """Its numbers, whatever form it has."""
     if isinstance(matrix, QuantizedMatrix):
         return matrix.dequantize(torch.float32)
     return matrix.float()

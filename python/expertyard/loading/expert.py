@@ -143,11 +143,11 @@ def _split(matrix: Matrix, interleaved: bool) -> tuple[Matrix, Matrix]:
 
 
 def _rows(matrix: Matrix, rows: slice) -> Matrix:
-    if isinstance(matrix, Tensor):
+    if not isinstance(matrix, QuantizedMatrix):
         return matrix[rows]
     zeros = None if matrix.zeros is None else matrix.zeros[rows]
     return QuantizedMatrix(matrix.format, matrix.codes[rows], matrix.scales[rows], zeros)
 
 
 def _shape(matrix: Matrix) -> tuple[int, ...]:
-    return tuple(matrix.shape if isinstance(matrix, Tensor) else matrix.codes.shape)
+    return tuple(matrix.codes.shape if isinstance(matrix, QuantizedMatrix) else matrix.shape)

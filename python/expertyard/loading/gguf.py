@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import LoadError
-from .checkpoint import Checkpoint, Matrix, Stored
+from ..errors import KernelError, LoadError
+from .checkpoint import Checkpoint, Matrix, Stored, in_float32
 from .gguf_header import GGML_BLOCKS, GgufHeader, GgufTensor, read_gguf_header
 from .sources.ggml import GGML_READERS
 
@@ -71,14 +71,13 @@ class GgufCheckpoint(Checkpoint):
 
         def read(expert: int | None) -> Matrix:
             blocks = self._blocks(tensor)
-            matrix = reader.read(blocks if expert is None else blocks[expert])
-            numbers = matrix if isinstance(matrix, Tensor) else matrix.scales
-            if numbers.is_floating_point() and not bool(torch.isfinite(numbers).all()):
+            try:
+                return reader.read(blocks if expert is None else blocks[expert])
+            except KernelError as error:
                 raise LoadError(
-                    f"{self.where(tensor.name)}: holds NaN or infinite scales. The file is "
-                    "corrupt, or the quantisation that made it failed."
-                )
-            return matrix
+                    f"{self.where(tensor.name)}: {error}. The file is corrupt, or the quantisation "
+                    "that made it failed."
+                ) from None
 
         return Stored(tensor.shape, format, (tensor.name,), read, reader.loss)
 
@@ -125,8 +124,7 @@ class GgufCheckpoint(Checkpoint):
             tensor = self._gguf[key]
             blocks = self._blocks(tensor).reshape(1, -1, _BLOCKS[tensor.type][1])
             matrix = GGML_READERS[tensor.type].read(blocks)
-            flat = matrix if isinstance(matrix, Tensor) else matrix.dequantize(torch.float32)
-            return flat.view(tensor.shape)
+            return in_float32(matrix).view(tensor.shape)
         return super().tensor(key)
 
     def format(self, key: str) -> str:

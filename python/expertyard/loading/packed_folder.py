@@ -27,6 +27,7 @@ from torch import Tensor
 from ..errors import ExpertyardError, KernelError, LoadError, PlanError
 from ..formats import get_format
 from ..packing import packed_bytes, scale_type_of
+from ..spec.headers import MANIFEST
 from ..weights import Blobs, PackedExperts
 from .checkpoint import Checkpoint
 from .layer import ExpertsLayout
@@ -45,7 +46,6 @@ __all__ = [
     "write_manifest",
 ]
 
-MANIFEST = "expertyard.json"
 VERSION = 2
 READABLE = (1, 2)  # 1: without `matrices`
 _BIASES = ("gate_bias", "up_bias", "down_bias")

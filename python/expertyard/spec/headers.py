@@ -16,6 +16,8 @@ from typing import Any, TypeGuard
 from expertyard.errors import LoadError
 from expertyard.spec.model import Shape, count
 
+INDEX = "model.safetensors.index.json"  # says which file has which tensor
+MANIFEST = "expertyard.json"  # makes a folder one that `expertyard pack` has written
 MAX_HEADER = 100 << 20  # safetensors' own limit
 MAX_DIMENSIONS = 64  # torch's
 DTYPE_BITS = {
@@ -140,7 +142,7 @@ def read_folder(folder: Path) -> dict[str, TensorInfo]:
     Empty when the folder has no safetensors files. Raises LoadError for files that the index names
     and that are not there, and for tensors that are not where it says.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         return _read_indexed(folder, index)
     tensors: dict[str, TensorInfo] = {}

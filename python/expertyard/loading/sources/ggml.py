@@ -3,8 +3,9 @@
 
 Q8_0, Q5_0 -> int8-g32, Q4_0 -> int4-g32, MXFP4 -> mxfp4: exact. Q4_1, Q4_K -> int4-g32-asym: the
 codes are the file's; scale and zero (= minimum / scale) are rounded to fp16. Q5_1, Q5_K and Q6_K
-have no native format: they are given in float32 and quantised anew, to int8-g32 unless asked
-otherwise. d and dmin are fp16; a superblock of 256 has eight (Q4_K, Q5_K) or sixteen (Q6_K) scales.
+have no native format: their blocks are given as they are and quantised anew, to int8-g32 unless
+asked otherwise. d and dmin are fp16; a superblock of 256 has eight (Q4_K, Q5_K) or sixteen (Q6_K)
+scales.
 """
 
 from collections.abc import Callable
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...errors import KernelError
 from ...formats import get_format
 from ...native import _C
-from ...quantize import QuantizedMatrix
+from ...quantize import BlockMatrix, QuantizedMatrix
 from ..checkpoint import Matrix
 
 __all__ = ["GGML_READERS", "GgmlReader"]
@@ -23,7 +25,8 @@ __all__ = ["GGML_READERS", "GgmlReader"]
 
 @dataclass(frozen=True)
 class GgmlReader:
-    """format, loss: as in Stored. read: uint8 [rows, blocks, bytes] -> the matrix."""
+    """format, loss: as in Stored. read: uint8 [rows, blocks, bytes] -> the matrix; KernelError for
+    scales that are not finite."""
 
     format: str
     read: Callable[[Tensor], Matrix]
@@ -40,13 +43,21 @@ def _nibbles(octets: Tensor) -> Tensor:
     return torch.cat((octets & 15, octets >> 4), dim=-1)
 
 
-def _decoded(kind: str, blocks: Tensor, weights: int, dtype: torch.dtype) -> Tensor:
-    """csrc/decode.h: codes, or the weights themselves."""
+def _codes(kind: str, blocks: Tensor, weights: int) -> Tensor:
+    """csrc/decode.h: one code a byte, [rows, weights]."""
     blocks = blocks.contiguous()
     rows, count, _ = blocks.shape
-    out = torch.empty((rows, count * weights), dtype=dtype)
+    out = torch.empty((rows, count * weights), dtype=torch.uint8)
     _C.decode_ggml(kind, blocks.data_ptr(), rows * count, out.data_ptr())
     return out
+
+
+def _anew(kind: str, blocks: Tensor, weights: int, *scales_at: int) -> BlockMatrix:
+    """scales_at: bytes of a block at which fp16 scales are; where they are finite, weights are."""
+    for at in scales_at:
+        if not bool(torch.isfinite(_half(blocks, at)).all()):
+            raise KernelError("scales: expected finite numbers, got NaN or infinity")
+    return BlockMatrix(kind, blocks, weights)
 
 
 def q8_0(blocks: Tensor) -> Matrix:
@@ -55,7 +66,7 @@ def q8_0(blocks: Tensor) -> Matrix:
 
 
 def q5_0(blocks: Tensor) -> Matrix:
-    codes = _decoded("q5_0", blocks, 32, torch.uint8)
+    codes = _codes("q5_0", blocks, 32)
     return QuantizedMatrix(get_format("int8-g32"), codes, _half(blocks, 0))
 
 
@@ -79,8 +90,8 @@ def q4_1(blocks: Tensor) -> Matrix:
     )
 
 
-def q5_1(blocks: Tensor) -> Tensor:
-    return _decoded("q5_1", blocks, 32, torch.float32)
+def q5_1(blocks: Tensor) -> Matrix:
+    return _anew("q5_1", blocks, 32, 0, 2)
 
 
 def _six_bit_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,15 +111,15 @@ def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def q4_k(blocks: Tensor) -> Matrix:
-    return _asymmetric(_decoded("q4_k", blocks, 256, torch.uint8), *_k_scales(blocks))
+    return _asymmetric(_codes("q4_k", blocks, 256), *_k_scales(blocks))
 
 
-def q5_k(blocks: Tensor) -> Tensor:
-    return _decoded("q5_k", blocks, 256, torch.float32)
+def q5_k(blocks: Tensor) -> Matrix:
+    return _anew("q5_k", blocks, 256, 0, 2)
 
 
-def q6_k(blocks: Tensor) -> Tensor:
-    return _decoded("q6_k", blocks, 256, torch.float32)
+def q6_k(blocks: Tensor) -> Matrix:
+    return _anew("q6_k", blocks, 256, 208)
 
 
 def _asymmetric(codes: Tensor, scale: Tensor, minimum: Tensor) -> QuantizedMatrix:
