@@ -116,8 +116,8 @@ void load(Pass& p, int64_t part) {
   const Routing& r = p.routing;
   const int64_t from_stride = l.set.hidden_size * size_of(l.args.hidden_dtype);
   const auto* from = static_cast<const char*>(l.args.hidden_states) + r.begin * from_stride;
-  const int64_t last = r.num_tokens * (part + 1) / p.route_parts;
-  for (int64_t t = r.num_tokens * part / p.route_parts; t < last; ++t) {
+  const auto tokens = share_of(r.num_tokens, part, p.route_parts);
+  for (int64_t t = tokens.begin; t < tokens.end; ++t) {
     l.kernel.load_row({.from = from + t * from_stride,
                        .dtype = l.args.hidden_dtype,
                        .shape = l.x_shape,
@@ -129,8 +129,8 @@ void find_rows(Pass& p, int64_t part) {
   const Layer& l = p.layer;
   // Blocks of h are narrower than its padding: what no block writes must be zero.
   const int64_t written = l.num_w13_blocks * l.w13_rows * l.kernel.h_size;
-  const int64_t last = p.slots() * (part + 1) / p.route_parts;
-  for (int64_t s = p.slots() * part / p.route_parts; s < last; ++s) {
+  const auto slots = share_of(p.slots(), part, p.route_parts);
+  for (int64_t s = slots.begin; s < slots.end; ++s) {
     char* row = p.x + p.routing.token[s] * l.x_stride;
     if (p.x_slots != nullptr) {
       char* copy = p.x_slots + s * l.x_stride;
@@ -379,7 +379,8 @@ void group_h(Pass& p, int threads) {
   const int64_t groups = ceil_div(l.set.intermediate_size, kGroup);
   const int64_t total = p.slots() * groups;
   p.group_tasks.each(threads, [&](int64_t part) {
-    for (int64_t i = total * part / threads; i < total * (part + 1) / threads; ++i) {
+    const auto share = share_of(total, part, threads);
+    for (int64_t i = share.begin; i < share.end; ++i) {
       const int64_t slot = i / groups, k = i % groups * kGroup;
       l.kernel.load_group(
           {.from = reinterpret_cast<const float*>(p.stage + slot * l.stage_stride) + k,

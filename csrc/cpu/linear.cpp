@@ -40,8 +40,8 @@ struct Pass {
 void load(Pass& p, int64_t part, int parts) {
   const int64_t from_stride = p.args.in_features * size_of(p.args.dtype);
   const auto* from = static_cast<const char*>(p.args.input) + p.begin * from_stride;
-  const int64_t last = p.tokens * (part + 1) / parts;
-  for (int64_t t = p.tokens * part / parts; t < last; ++t) {
+  const auto tokens = share_of(p.tokens, part, parts);
+  for (int64_t t = tokens.begin; t < tokens.end; ++t) {
     p.x[t] = p.rows + t * p.stride;
     p.kernel.load_row({.from = from + t * from_stride,
                        .dtype = p.args.dtype,

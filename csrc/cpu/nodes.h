@@ -23,11 +23,6 @@ int num_nodes();
 // 0 .. num_nodes() - 1: where the calling thread runs now.
 int node_here();
 
-// The part of 0 .. n - 1 that belongs to a node.
-inline Tasks::Run share_of(int64_t n, int node, int nodes) {
-  return {n * node / nodes, n * (node + 1) / nodes};
-}
-
 // Gives a fresh arena of `count` times blobs of these sizes its pages, each part of a blob on its
 // node. On one node nothing is done. False: the system refuses memory policies; pages will lie
 // where they are first written.

@@ -38,8 +38,8 @@ void check_parts(void* context, int, int threads) {
   const MoeArgs& a = check.args;
   const int64_t slots = a.num_tokens * a.top_k;
   check.parts.each(threads, [&](int64_t part) {
-    const int64_t end = slots * (part + 1) / threads;
-    for (int64_t slot = slots * part / threads; slot < end; ++slot) {
+    const auto share = share_of(slots, part, threads);
+    for (int64_t slot = share.begin; slot < share.end; ++slot) {
       const int64_t id = id_at(a, slot);
       if (id >= -1 && id <= a.set->num_experts) continue;
       int64_t bad = check.bad.load();

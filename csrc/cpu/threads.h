@@ -56,6 +56,11 @@ class Tasks {
   Event over_;
 };
 
+// Part `part` of 0 .. n - 1, cut into parts as equal as can be.
+inline Tasks::Run share_of(int64_t n, int64_t part, int64_t parts) {
+  return {n * part / parts, n * (part + 1) / parts};
+}
+
 // What a thread of a run calls: thread < threads, and no two have the same.
 using TeamFunction = void (*)(void* context, int thread, int threads);
 
