@@ -42,12 +42,14 @@ ROWS, TILES, CALL = "experts_rows.cuh", "experts_tiles.cuh", "experts.cu"
 STREAM, GROUPED, CHUNK, ROUTING = "stream.cuh", "grouped.cuh", "chunk.cuh", "routing.cuh"
 ENDS, EPILOGUE, HOPPER = "grouped_ends.cuh", "grouped_epilogue.cuh", "hopper.cuh"
 RING, PRODUCER, FAST = "hopper_ring.cuh", "hopper_producer.cuh", "hopper_fast.cuh"
+PARTS = "parts.cuh"
 COMPILED_IN = {
     ROWS: "experts_rows.cu",
     TILES: "experts_tiles.cu",
     STREAM: "packed_int4.cu",
     GROUPED: "packed_int4.cu",
     EPILOGUE: "packed_int4.cu",
+    PARTS: "packed_int4.cu",
     CHUNK: "packed_int4.cu",
     "scale.cuh": "packed_int4.cu",
     "format.cuh": "packed_int4.cu",
@@ -195,6 +197,12 @@ BUGS = {
     ),
     "grouped: h in another order than the products": (
         EPILOGUE, "{place(a.order, row),", "{row,", "grouped_random"
+    ),
+    "grouped: the columns behind the first part get its sums": (
+        PARTS, "move(sums[j][n], sums[j][n - kPart]);", "continue;", "grouped_tiles_of_every_width"
+    ),
+    "fast: the columns of the first part are lost": (
+        PARTS, "move(done[n], sums[j][kBlocks - kPart + n]);", "continue;", "fast_every_packing"
     ),
     "grouped: x in another order than the products": (
         ENDS, "place(order, k)", "place(order == 4 ? 8 : 4, k)", "grouped_random"
@@ -464,7 +472,7 @@ def seed_that_notices(bug: str, build: Build, folder: Path) -> int | None:
     if bug.startswith("wgmma, zeros"):
         where = {**where, HOPPER: "hopper_int4_zeros.cu"}
     if bug.startswith("fast"):
-        where = {**where, PRODUCER: "hopper_fp8_fast.cu"}
+        where = {**where, **dict.fromkeys((PRODUCER, PARTS), "hopper_fp8_fast.cu")}
     program = build.program_with(changes, folder, test, where)
     for seed in range(4):  # a schedule that does no harm is possible
         if run([str(program), "--stop", "--seed", str(seed), case], 120).returncode != 0:

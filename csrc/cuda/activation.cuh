@@ -13,15 +13,16 @@ __device__ __forceinline__ float clamp(float x, float limit) {
   return x > limit ? limit : (x < -limit ? -limit : x);
 }
 
-// Those with a gate are g * sigmoid(z) * u, since (1 + tanh(y)) / 2 = sigmoid(2 y): one body, which
-// kernels have in many copies. Without a gate, `gate` is not looked at.
+__device__ __forceinline__ float activate_ungated(float up) {  // kRelu2
+  const float u = up < 0.0f ? 0.0f : up;
+  return u * u;
+}
+
+// Of a kind with a gate: g * sigmoid(z) * u, since (1 + tanh(y)) / 2 = sigmoid(2 y). One body,
+// which kernels have in many copies.
 __device__ __forceinline__ float activate(Activation kind, float gate, float up, float alpha,
                                           float limit) {
   constexpr float kTwoSqrt2OverPi = 1.5957691216057308f;
-  if (kind == Activation::kRelu2) {
-    const float u = up < 0.0f ? 0.0f : up;
-    return u * u;
-  }
   float g = gate, u = up, z = gate;
   if (kind == Activation::kGeluTanhGlu) {
     z = kTwoSqrt2OverPi * (gate + 0.044715f * gate * gate * gate);

@@ -131,8 +131,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (lane == 0) {
     if (expert.gate_bias) gate_sum += expert.gate_bias[row];
     if (expert.up_bias) up_sum += expert.up_bias[row];
-    h[pair * h_stride + row] =
-        activate(c.set.activation, gate_sum, up_sum, c.set.alpha, c.set.limit);
+    const Activation kind = c.set.activation;
+    h[pair * h_stride + row] = has_gate(kind)
+                                   ? activate(kind, gate_sum, up_sum, c.set.alpha, c.set.limit)
+                                   : activate_ungated(up_sum);
   }
 }
 

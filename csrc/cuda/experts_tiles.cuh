@@ -14,6 +14,7 @@
 
 #include "activation.cuh"
 #include "choice.cuh"
+#include "parts.cuh"
 #include "routing.cuh"
 
 namespace ey::cuda::tiles {
@@ -165,20 +166,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   float sums[2][kBlocks][4] = {};
   multiply<kBlocks>(weights, shared, c.hidden_states, int(c.set.hidden_size), sums);
 
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
+  const Activation kind = c.set.activation;
+  by_parts(sums, [&](int block, const float (&gates)[4], const float (&ups)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int pair = shared.pairs[block * 8 + 2 * t + i % 2];
       const int64_t row = first_row + g + i / 2 * 8;
       if (pair < 0 || row >= inner) continue;
-      float gate = sums[0][block][i], up = sums[1][block][i];
+      float gate = gates[i], up = ups[i];
       if (expert.gate_bias) gate += expert.gate_bias[row];
       if (expert.up_bias) up += expert.up_bias[row];
       h[pair * inner + row] =
-          ptx::float_to_bf16(activate(c.set.activation, gate, up, c.set.alpha, c.set.limit));
+          ptx::float_to_bf16(has_gate(kind) ? activate(kind, gate, up, c.set.alpha, c.set.limit)
+                                            : activate_ungated(up));
     }
-  }
+  });
 }
 
 // Grid: (tiles, at most; ceil(hidden_size / (32 * kWarps))). y is [pairs, hidden_size] fp32.

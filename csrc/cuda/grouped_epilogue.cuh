@@ -5,6 +5,7 @@
 
 #include "activation.cuh"
 #include "chunk.cuh"
+#include "parts.cuh"
 #include "routing.cuh"
 
 namespace ey::cuda::grouped {
@@ -28,18 +29,19 @@ struct Args {
   int stages, stage_bytes, tokens_at;  // of the ring; where in a stage the tokens begin
 };
 
-// Sums of w13 through the activation: h(n, i, value) is told of row first_row + i / 2 of h and
-// column 8 n + 2 t + i % 2, where the tile has that column. sums[j][n]: rows 4 g + 2 j of the block
-// (elements 0, 1) and 4 g + 2 j + 1 (2, 3), columns 8 n + 2 t, + 1.
+// Sums of w13 through the activation: done(n, h) is told of rows first_row + i / 2 of h and columns
+// 8 n + 2 t + i % 2, which take the place of sums[0][n]; 0 where the tile has no such column.
+// sums[j][n]: rows 4 g + 2 j of the block (elements 0, 1) and 4 g + 2 j + 1 (2, 3), columns 8 n + 2
+// t, + 1.
 //
 // Lanes of g < 4 have gate rows, the others the up rows of the same i. Each gives its partner what
 // that one lacks: the first two of the four rows are finished by g < 4, the last two by the other.
 __device__ __forceinline__ int first_row(int block, int lane) {
   return block * kLaneSet + lane / 4 % 4 * 4 + (lane < 16 ? 0 : 2);
 }
-template <int kBlocks, class H>
+template <int kBlocks, class Done>
 __device__ __forceinline__ void finish_h(const Args& a, const Tile& tile, int block,
-                                         const float (&sums)[2][kBlocks][4], int lane, H&& h) {
+                                         float (&sums)[2][kBlocks][4], int lane, Done&& done) {
   const ExpertSet& set = a.call.set;
   const ExpertPointers& expert = set.experts[tile.expert];
   const bool is_gate = lane < 16;
@@ -51,25 +53,30 @@ __device__ __forceinline__ void finish_h(const Args& a, const Tile& tile, int bl
     if (expert.gate_bias) gate_bias[i] = expert.gate_bias[row + i];
     if (expert.up_bias) up_bias[i] = expert.up_bias[row + i];
   }
-#pragma unroll
-  for (int n = 0; n < kBlocks; ++n) {
-    if (8 * n >= tile.count) break;
+  by_parts(sums, [&](int n, float (&first)[4], const float (&last)[4]) {
+    const bool any = 8 * n < tile.count;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float mine = is_gate ? sums[0][n][i] : sums[1][n][i];
-      const float other = __shfl_xor_sync(kAllLanes, is_gate ? sums[1][n][i] : sums[0][n][i], 16);
-      if (8 * n + 2 * (lane % 4) + i % 2 >= tile.count) continue;
-      const float gate = (is_gate ? mine : other) + gate_bias[i / 2];
-      const float up = (is_gate ? other : mine) + up_bias[i / 2];
-      h(n, i, activate(set.activation, gate, up, set.alpha, set.limit));
+      float h = 0.0f;
+      if (any) {
+        const float mine = is_gate ? first[i] : last[i];
+        const float other = __shfl_xor_sync(kAllLanes, is_gate ? last[i] : first[i], 16);
+        const float gate = (is_gate ? mine : other) + gate_bias[i / 2];
+        const float up = (is_gate ? other : mine) + up_bias[i / 2];
+        if (8 * n + 2 * (lane % 4) + i % 2 < tile.count) {
+          h = activate(set.activation, gate, up, set.alpha, set.limit);
+        }
+      }
+      first[i] = h;
     }
-  }
+    if (any) done(n, first);
+  });
 }
 
 // Experts without a gate: the four rows of a lane are four values of h.
 template <int kBlocks>
 __device__ __forceinline__ void finish_ungated(const Args& a, const Tile& tile, int block,
-                                               const int* pairs, const float (&sums)[2][kBlocks][4],
+                                               const int* pairs, float (&sums)[2][kBlocks][4],
                                                int lane) {
   const ExpertSet& set = a.call.set;
   const ExpertPointers& expert = set.experts[tile.expert];
@@ -82,24 +89,22 @@ __device__ __forceinline__ void finish_ungated(const Args& a, const Tile& tile, 
     places[i] = place(a.order, int(row) + i);
     if (expert.up_bias && row + i < set.intermediate_size) bias[i] = expert.up_bias[row + i];
   }
-#pragma unroll
-  for (int n = 0; n < kBlocks; ++n) {
+  by_parts(sums, [&](int n, const float (&first)[4], const float (&last)[4]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int column = 8 * n + 2 * t + i % 2;
       if (column >= tile.count) continue;
-      const float up = sums[i / 4][n][i % 4] + bias[i / 2];
+      const float up = (i < 4 ? first : last)[i % 4] + bias[i / 2];
       a.h[int64_t(pairs[column]) * a.h_stride + places[i / 2]] =
-          ptx::float_to_bf16(activate(set.activation, up, up, set.alpha, set.limit));
+          ptx::float_to_bf16(activate_ungated(up));
     }
-  }
+  });
 }
 
 // The same sums of w2 to y. pairs: of the tile.
 template <int kBlocks>
 __device__ __forceinline__ void finish_y(const Args& a, const Tile& tile, int block,
-                                         const int* pairs, const float (&sums)[2][kBlocks][4],
-                                         int lane) {
+                                         const int* pairs, float (&sums)[2][kBlocks][4], int lane) {
   const ExpertSet& set = a.call.set;
   const ExpertPointers& expert = set.experts[tile.expert];
   const int g = lane / 4, t = lane % 4;
@@ -125,7 +130,7 @@ __device__ __forceinline__ void finish_y(const Args& a, const Tile& tile, int bl
 // To y, or as bf16 to h.
 template <int kBlocks>
 __device__ __forceinline__ void finish_tile(const Args& a, const Tile& tile, int block,
-                                            const int* pairs, const float (&sums)[2][kBlocks][4],
+                                            const int* pairs, float (&sums)[2][kBlocks][4],
                                             int lane) {
   if (a.down) {
     finish_y<kBlocks>(a, tile, block, pairs, sums, lane);
@@ -137,9 +142,13 @@ __device__ __forceinline__ void finish_tile(const Args& a, const Tile& tile, int
   }
   const int row = first_row(block, lane), t = lane % 4;
   const int places[2] = {place(a.order, row), place(a.order, row + 1)};
-  finish_h<kBlocks>(a, tile, block, sums, lane, [&](int n, int i, float value) {
-    const int column = 8 * n + 2 * t + i % 2;
-    a.h[int64_t(pairs[column]) * a.h_stride + places[i / 2]] = ptx::float_to_bf16(value);
+  finish_h(a, tile, block, sums, lane, [&](int n, const float (&h)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int column = 8 * n + 2 * t + i % 2;
+      if (column >= tile.count) continue;
+      a.h[int64_t(pairs[column]) * a.h_stride + places[i / 2]] = ptx::float_to_bf16(h[i]);
+    }
   });
 }
 

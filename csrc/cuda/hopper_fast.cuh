@@ -149,12 +149,11 @@ class FastConsumer {
 
   // The group of h that begins with the first block's rows.
   __device__ __forceinline__ void finish_e4m3(const Tile& tile, int first_block, const int* pairs,
-                                              const Sums& sums, int turn) const {
+                                              Sums& sums, int turn) const {
     const int warp = read_.warp, lane = read_.lane, g = lane / 4, t = lane % 4;
-    float h[kSumBlocks][4] = {};
     const int block = first_block + warp;
-    grouped::finish_h<kSumBlocks>(a, tile, block, sums, lane,
-                                  [&](int n, int i, float value) { h[n][i] = value; });
+    grouped::finish_h(a, tile, block, sums, lane, [](int, const float (&)[4]) {});
+    const auto& h = sums[0];
     float* const of_warps = most() + turn * kBlocks * kColumns;
 #pragma unroll
     for (int n = 0; n < kSumBlocks; ++n) {

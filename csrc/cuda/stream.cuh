@@ -346,7 +346,7 @@ class Worker {
         const int i = block * kLanes + lane;
         float up = sum_of_shares(shares, column, lane);
         if (expert.up_bias && i < set.intermediate_size) up += expert.up_bias[i];
-        const float h = activate(set.activation, up, up, set.alpha, set.limit);
+        const float h = activate_ungated(up);
         a.h[int64_t(s.sorted[tile.first + column]) * a.h_stride + i] = ptx::float_to_bf16(h);
         __syncwarp();  // written by all lanes
         if (lane == 0) ptx::add_release(&a.counters->ready[parity_][&tile - s.tiles], 1);
