@@ -159,12 +159,9 @@ const ey::cpu::Kernel& kernel_of(const ey::ExpertSetEntry& entry, ey::DType hidd
   return *kernel;
 }
 
-int threads_of_caller() {
+void check_team() {
   const ey::Status known = ey::TorchTeam::check();
   EY_CHECK(known.ok, known.what);
-  const int wanted = static_cast<int>(torch::stable::get_num_threads());
-  const int usable = std::min(ey::cpu::thread_limits().usable(), ey::cpu::callers_limit());
-  return std::clamp(wanted, 1, usable);
 }
 
 ey::Status compute(const ey::cpu::Kernel& kernel, ey::ExpertSetEntry& entry,
@@ -177,9 +174,9 @@ ey::Status compute(const ey::cpu::Kernel& kernel, ey::ExpertSetEntry& entry,
 
 Tensor run_on_cpu(Call call) {
   const ey::cpu::Kernel& kernel = kernel_of(*call.entry, call.args.hidden_dtype);
-  const int threads = threads_of_caller();
+  check_team();
   const ey::TorchTeam team;
-  const ey::Status done = compute(kernel, *call.entry, call.args, threads);
+  const ey::Status done = compute(kernel, *call.entry, call.args, team.threads());
   EY_CHECK(done.ok, done.what);
   return call.out;
 }
@@ -235,7 +232,9 @@ Tensor moe_parts_cpu(const Tensor& hidden_states, const Tensor& topk_ids,
                                rounds ? hidden_states.scalar_type() : ScalarType::Float);
   const auto call =
       std::make_shared<const Call>(check(hidden_states, topk_ids, topk_weights, experts[0], &out));
-  const int threads = threads_of_caller();
+  check_team();
+  // own workers: lanes are more threads than CPUs, and a team of torch's waits for all of its
+  const int threads = ey::TorchTeam().threads();
   std::vector<PartOfCall> parts;
   for (size_t i = 0; i < experts.size(); ++i) {
     auto entry = ey::find_expert_set(experts[i]);
@@ -474,7 +473,7 @@ Tensor linear_cpu(const Tensor& input, const Tensor& weight, int64_t out_feature
   EY_CHECK(chosen.ok, chosen.what);
   const Tensor rows = torch::stable::contiguous(input);
   Tensor out = torch::stable::new_empty(input, {input.size(0), out_features});
-  const int threads = threads_of_caller();
+  check_team();
   const ey::TorchTeam team;
   const ey::Status done = ey::cpu::linear(*kernel,
                                           {.num_tokens = rows.size(0),
@@ -486,7 +485,7 @@ Tensor linear_cpu(const Tensor& input, const Tensor& weight, int64_t out_feature
                                            .format = p.format,
                                            .packing = p.packing,
                                            .weight = weight.const_data_ptr()},
-                                          threads);
+                                          team.threads());
   EY_CHECK(done.ok, done.what);
   return out;
 }

@@ -5,6 +5,7 @@
 #include <strings.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -41,11 +42,13 @@ bool spins_briefly() {
 
 std::atomic<bool> forked{false};
 
-bool takes_torchs() {
+int torchs_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+bool takes_torchs(int cpus) {
   static const int handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
   if (forked || handler != 0 || choice() == Choice::kOwn) return false;
   if (choice() == Choice::kAuto && spins_briefly()) return false;
-  return static_cast<int>(torch::stable::get_num_threads()) <= cpu::thread_limits().usable();
+  return torchs_threads() <= cpus;
 }
 
 void on_torchs_threads(int n, cpu::TeamFunction function, void* context) {
@@ -56,7 +59,11 @@ void on_torchs_threads(int n, cpu::TeamFunction function, void* context) {
 
 }  // namespace
 
-TorchTeam::TorchTeam() { cpu::lend_team(takes_torchs() ? on_torchs_threads : nullptr); }
+TorchTeam::TorchTeam() {
+  const int cpus = cpu::thread_limits().usable();  // a system call: asked once
+  threads_ = std::clamp(torchs_threads(), 1, std::min(cpus, cpu::callers_limit()));
+  cpu::lend_team(takes_torchs(cpus) ? on_torchs_threads : nullptr);
+}
 TorchTeam::~TorchTeam() { cpu::lend_team(nullptr); }
 
 Status TorchTeam::check() {
@@ -65,6 +72,8 @@ Status TorchTeam::check() {
                  std::getenv("EXPERTYARD_TEAM"));
 }
 
-const char* TorchTeam::name() { return takes_torchs() ? "torch" : "own"; }
+const char* TorchTeam::name() {
+  return takes_torchs(cpu::thread_limits().usable()) ? "torch" : "own";
+}
 
 }  // namespace ey

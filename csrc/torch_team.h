@@ -22,10 +22,15 @@ class TorchTeam {
   ~TorchTeam();
   TorchTeam(const TorchTeam&) = delete;
   TorchTeam& operator=(const TorchTeam&) = delete;
+  // How many threads a call made by this thread may use: torch's number, the CPUs, limit_caller.
+  int threads() const { return threads_; }
   // Fails if EXPERTYARD_TEAM is no known name.
   static Status check();
   // "torch" or "own": what a call made now, by this thread, would use.
   static const char* name();
+
+ private:
+  int threads_;
 };
 
 }  // namespace ey

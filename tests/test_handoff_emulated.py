@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from planted import soon
+
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 EMULATOR = ROOT / "tests" / "cuda_emulator"
@@ -140,7 +142,7 @@ def test_questions_and_answers(others: list[Path], tmp_path: Path) -> None:
         assert " 0 failures" in done.stdout
 
 
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", soon([*BUGS][::4], BUGS))
 def test_a_planted_bug_is_found(bug: str, others: list[Path], tmp_path: Path) -> None:
     old, new, case = BUGS[bug]
     made = program(others, tmp_path, (old, new))
@@ -179,7 +181,7 @@ def test_parts_on_another_gpu(away: list[Path], tmp_path: Path) -> None:
         assert " 0 failures" in done.stdout
 
 
-@pytest.mark.parametrize("bug", BRANCH_BUGS)
+@pytest.mark.parametrize("bug", soon([*BRANCH_BUGS][:2], BRANCH_BUGS))
 def test_a_bug_planted_between_two_gpus_is_found(
     bug: str, away: list[Path], tmp_path: Path
 ) -> None:

@@ -88,6 +88,25 @@ def int4_groups(weight: Tensor, group: int) -> Parts:
     return codes.to(torch.uint8).flatten(1), scales.squeeze(2)
 
 
+def int4_words(codes: Tensor) -> Tensor:
+    """GPTQ's words: eight codes of a row in an int32 [out, in / 8]."""
+    eights = codes.to(torch.int32).unflatten(1, (-1, 8))
+    words = torch.zeros(eights.shape[:2], dtype=torch.int32)
+    for i in range(8):
+        words |= eights[:, :, i] << 4 * i
+    return words
+
+
+def fp8_one_scale(weight: Tensor) -> Parts:
+    """e4m3 codes, and one scale for all as if each block of 128 columns had it: it can be moved
+    with the rows."""
+    scale = weight.float().abs().amax() / 448
+    codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+    return codes.view(torch.uint8), scale.expand(
+        weight.shape[0], weight.shape[1] // 128
+    ).contiguous()
+
+
 Linear = Callable[[int, Tensor], Tensor]  # expert, [tokens, in] -> [tokens, out]
 
 

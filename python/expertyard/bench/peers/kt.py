@@ -20,15 +20,17 @@ from torch import Tensor
 from ...formats import get_format
 from ...quantize import quantize
 from ..layer import Layer
-from .base import Parts, Peer, Run, converted, int4_groups
+from .base import Parts, Peer, Run, converted, fp8_one_scale, int4_groups, int4_words
 
 _MAX_TOKENS = 4096  # of a call; more than that and it reads beyond its buffers
-_GROUP = {"int4": 32, "mxfp4": 32}  # its int4 engine gives infinities with groups of 128
+_BITS = {"int4": 4, "mxfp4": 4, "fp8": 8}
+# of the first that this kt-kernel has: those for AVX-512, then those for AVX2
 _ENGINES = {
-    "bf16": "AMXBF16_MOE",
-    "int8": "AMXInt8_MOE",
-    "int4": "AMXInt4_KGroup_MOE",
-    "mxfp4": "AMXFP4_KGroup_MOE",
+    "bf16": ("AMXBF16_MOE", "AVX2BF16_MOE"),
+    "int8": ("AMXInt8_MOE",),
+    "int4": ("AMXInt4_KGroup_MOE", "AVX2GPTQInt4_MOE"),
+    "fp8": ("AMXFP8_MOE", "AVX2FP8_MOE"),
+    "mxfp4": ("AMXFP4_KGroup_MOE", "AVX2MXFP4_MOE"),
 }
 
 
@@ -39,7 +41,17 @@ def _absent() -> str | None:
         engines = _extension().moe
     except Exception as error:  # whatever a foreign library raises at import
         return f"kt-kernel does not import: {error}"
-    return None if hasattr(engines, _ENGINES["bf16"]) else "this kt-kernel has no AVX-512 engines"
+    return None if _engine(engines, "bf16") else "this kt-kernel has no engines for this CPU"
+
+
+def _engine(engines: Any, base: str) -> str | None:
+    """The engine's name, or None: this kt-kernel has none of that format."""
+    return next((name for name in _ENGINES[base] if hasattr(engines, name)), None)
+
+
+def _group(base: str, engine: str) -> int:
+    """Values of a scale. The int4 engine for AVX-512 gives infinities with groups of 128."""
+    return 128 if base == "fp8" or engine == "AVX2GPTQInt4_MOE" else 32
 
 
 @cache
@@ -71,6 +83,10 @@ def _make(spare: int, layer: Layer, base: str, threads: int) -> Run:
     if threads <= spare:
         raise ValueError(f"there is only {threads} thread")
     extension, shape = _extension(), layer.shape
+    name_of_engine = _engine(extension.moe, base)
+    if name_of_engine is None:
+        raise ValueError(f"this kt-kernel has no {base} engine for this CPU")
+    group = _group(base, name_of_engine)
     pool = _pool(threads - spare)
     gpu_mask = torch.zeros(shape.num_experts, dtype=torch.bool)
     config = extension.moe.MOEConfig(
@@ -83,10 +99,12 @@ def _make(spare: int, layer: Layer, base: str, threads: int) -> Run:
     config.layer_idx = 0
     config.pool = pool.backend_
     config.max_len = _MAX_TOKENS
-    experts = list(converted(layer, _CONVERT[base]))
-    stacks = []
+    convert = _int4_gptq if name_of_engine == "AVX2GPTQInt4_MOE" else _CONVERT[base]
+    experts = list(converted(layer, convert))
+    stacks, kept = [], []
     for which, name in enumerate(("gate", "up", "down")):
-        matrices = [one[which] for one in experts]
+        matrices = [_finished(name_of_engine, one[which]) for one in experts]
+        kept.append(matrices)
         if base == "int8":  # quantised by the engine, from stacked weights
             stacks.append(torch.stack([parts[0] for parts in matrices]))
             setattr(config, f"{name}_proj", stacks[-1].data_ptr())
@@ -94,16 +112,16 @@ def _make(spare: int, layer: Layer, base: str, threads: int) -> Run:
         setattr(config, f"{name}_projs", [[parts[0].data_ptr() for parts in matrices]])
         scales = [parts[1].data_ptr() if len(parts) > 1 else 0 for parts in matrices]
         setattr(config, f"{name}_scales", [scales])
-    if base in _GROUP:
-        config.quant_config.bits = 4
-        config.quant_config.group_size = _GROUP[base]
+    if base in _BITS:
+        config.quant_config.bits = _BITS[base]
+        config.quant_config.group_size = group
         config.quant_config.zero_point = False
     numbers = torch.arange(shape.num_experts)
     with _quiet():
-        engine = getattr(extension.moe, _ENGINES[base])(config)
+        engine = getattr(extension.moe, name_of_engine)(config)
         pool.submit(engine.load_weights_task(numbers.data_ptr()))
         pool.sync()
-    del stacks, experts  # it has copies of its own now
+    del stacks, experts, kept  # it has copies of its own now
 
     def run(
         hidden_states: Tensor,
@@ -136,8 +154,23 @@ def _mxfp4(weight: Tensor) -> Parts:
 
 
 def _int4(weight: Tensor) -> Parts:
-    codes, scales = int4_groups(weight, _GROUP["int4"])
+    codes, scales = int4_groups(weight, 32)
     return _nibbles(codes), scales
+
+
+def _int4_gptq(weight: Tensor) -> Parts:
+    """GPTQ's words, but with rows first."""
+    codes, scales = int4_groups(weight, 128)
+    return int4_words(codes), scales.float()
+
+
+def _finished(engine: str, parts: Parts) -> Parts:
+    """What no longer has its rows first: int4 as GPTQ has it, fp8's scales by block."""
+    if engine == "AVX2GPTQInt4_MOE":
+        return parts[0].T.contiguous(), parts[1].T.contiguous()
+    if engine in _ENGINES["fp8"]:
+        return parts[0], parts[1][::128].contiguous()
+    return parts
 
 
 def _nibbles(codes: Tensor) -> Tensor:
@@ -148,6 +181,7 @@ _CONVERT: dict[str, Callable[[Tensor], Parts]] = {
     "bf16": lambda weight: (weight,),
     "int8": lambda weight: (weight,),
     "int4": _int4,
+    "fp8": fp8_one_scale,
     "mxfp4": _mxfp4,
 }
 
@@ -173,13 +207,13 @@ def _peer(name: str, spare: int, about: str) -> Peer:
         beside={base: base for base in _ENGINES},
         make=partial(_make, spare),
         # its copy, and ours to make it from
-        bytes_per_weight={"bf16": 4, "int8": 5, "int4": 3.2, "mxfp4": 3.2},
+        bytes_per_weight={"bf16": 4, "int8": 5, "int4": 3.2, "fp8": 2.2, "mxfp4": 3.2},
         absent=_absent,
         settle=0.08,
     )
 
 
 PEERS: Sequence[Peer] = (
-    _peer("kt_kernel", 0, "kt-kernel's AVX-512 engines, as many threads as we have"),
+    _peer("kt_kernel", 0, "kt-kernel's engines, as many threads as we have"),
     _peer("kt_kernel_spare", 1, "the same with one thread fewer, a core for the one that spins"),
 )

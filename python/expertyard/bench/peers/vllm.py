@@ -16,7 +16,17 @@ from ...formats import get_format
 from ...quantize import quantize
 from ...reference import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
 from ..layer import Layer
-from .base import Parts, Peer, Run, converted, int4_groups, int8_rows, joined
+from .base import (
+    Parts,
+    Peer,
+    Run,
+    converted,
+    fp8_one_scale,
+    int4_groups,
+    int4_words,
+    int8_rows,
+    joined,
+)  # fmt: skip
 
 _METHOD = {"bf16": 0, "int8": 1, "fp8": 2, "int4": 3, "mxfp4": 4}
 _GPTQ = 1  # how int4 weights are laid out for _pack_int4
@@ -105,22 +115,10 @@ def _packed(base: str, experts: list[Parts]) -> tuple[Tensor, Tensor | None, Ten
     return codes, stacked[1] if len(stacked) > 1 else None, None
 
 
-def _fp8(weight: Tensor) -> Parts:
-    """One scale for all, as if each block had it: it can be moved with the rows."""
-    scale = weight.float().abs().amax() / 448
-    columns = weight.shape[1] // _GROUP
-    codes = (weight.float() / scale).to(torch.float8_e4m3fn)
-    return codes.view(torch.uint8), scale.expand(weight.shape[0], columns).contiguous()
-
-
 def _int4(weight: Tensor) -> Parts:
-    """GPTQ's words, but with rows first: eight of a row in an int32."""
+    """GPTQ's words, but with rows first."""
     codes, scales = int4_groups(weight, _GROUP)
-    eights = codes.to(torch.int32).unflatten(1, (-1, 8))
-    words = torch.zeros(eights.shape[:2], dtype=torch.int32)
-    for i in range(8):
-        words |= eights[:, :, i] << 4 * i
-    return words, scales
+    return int4_words(codes), scales
 
 
 def _mxfp4(weight: Tensor) -> Parts:
@@ -131,7 +129,7 @@ def _mxfp4(weight: Tensor) -> Parts:
 _CONVERT: dict[str, Callable[[Tensor], Parts]] = {
     "bf16": lambda weight: (weight,),
     "int8": int8_rows,
-    "fp8": _fp8,
+    "fp8": fp8_one_scale,
     "int4": _int4,
     "mxfp4": _mxfp4,
 }
