@@ -38,7 +38,7 @@ writers: deps
 
 build: deps
 	@ls python/expertyard/_C.*.so >/dev/null 2>&1 \
-	  || echo "Building the kernels (2 minutes, once; with nvcc on two cores up to 12) ..."
+	  || echo "Building the kernels (2 minutes, once; with nvcc on two cores up to 6) ..."
 	@$(PY) setup.py -q build_ext --inplace
 
 run: build

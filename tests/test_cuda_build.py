@@ -139,8 +139,7 @@ def test_no_kernel_spills_or_exceeds_its_registers(cuobjdump: str) -> None:
 
 
 ARCHITECTURES = [name.removesuffix("-real") for name in str(_C.build["cuda_architectures"]).split()]
-# To disassemble one takes 20 s. The oldest, the newest and Hopper differ most.
-SOON = {*ARCHITECTURES[:1], *ARCHITECTURES[-1:], "90a"}
+SOON = {*ARCHITECTURES[:1], "90a"}  # to disassemble one takes 20 s and more
 
 
 @pytest.mark.parametrize(

@@ -205,11 +205,11 @@ inline const char* token_piece(uint64_t descriptor, int row, int i) {
 // How Hopper adds products of e4m3, as far as it is known: all of a row and column, and the sum so
 // far, are shifted to the largest exponent among them, and what is then beyond 13 bits behind the
 // point is cut off.
-inline float add_e4m3(const float (&a)[32], const float (&b)[32][128], int column, float sum) {
+inline float add_e4m3(const float (&a)[32], const float (&b)[32], float sum) {
   float terms[33], most = std::fabs(sum);
   terms[32] = sum;
   for (int k = 0; k < 32; ++k) {
-    terms[k] = a[k] * b[k][column];
+    terms[k] = a[k] * b[k];
     if (!std::isfinite(terms[k])) return NAN;
     most = std::max(most, std::fabs(terms[k]));
   }
@@ -236,7 +236,7 @@ __attribute__((optimize("O3"))) inline void add_bf16(const float (&a)[32],
 inline void multiply(const emu::Wgmma* const (&lanes)[32]) {
   const bool e4m3 = lanes[0]->e4m3;
   const int ks = e4m3 ? 32 : 16, in_register = ks / 8;
-  static float a[16][32], b[32][128];
+  static float a[16][32], b[32][128], columns[128][32];
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) {
       for (int j = 0; j < in_register; ++j) {
@@ -251,8 +251,11 @@ inline void multiply(const emu::Wgmma* const (&lanes)[32]) {
     for (int k = 0; k < ks; k += in_piece) {
       const char* const piece = token_piece(lanes[0]->tokens, column, k / in_piece);
       for (int i = 0; i < in_piece; ++i) {
-        b[k + i][column] = e4m3 ? e4m3_to_float(uint8_t(piece[i]))
-                                : bf16_to_float(reinterpret_cast<const uint16_t*>(piece)[i]);
+        if (e4m3) {
+          columns[column][k + i] = e4m3_to_float(uint8_t(piece[i]));
+        } else {
+          b[k + i][column] = bf16_to_float(reinterpret_cast<const uint16_t*>(piece)[i]);
+        }
       }
     }
   }
@@ -263,7 +266,7 @@ inline void multiply(const emu::Wgmma* const (&lanes)[32]) {
       const emu::Wgmma& product = *lanes[row % 8 * 4 + column % 8 / 2];
       float& d = product.d[column / 8 * 4 + row / 8 * 2 + column % 2];
       const float before = product.adds ? d : 0.0f;
-      d = e4m3 ? add_e4m3(a[row], b, column, before) : before + sums[column];
+      d = e4m3 ? add_e4m3(a[row], columns[column], before) : before + sums[column];
     }
   }
 }
