@@ -45,4 +45,10 @@ __device__ __forceinline__ float activate(Activation kind, float gate, float up,
   return h * u;
 }
 
+// Of any kind.
+__device__ __forceinline__ float activate_any(Activation kind, float gate, float up, float alpha,
+                                              float limit) {
+  return has_gate(kind) ? activate(kind, gate, up, alpha, limit) : activate_ungated(up);
+}
+
 }  // namespace ey::cuda

@@ -131,10 +131,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (lane == 0) {
     if (expert.gate_bias) gate_sum += expert.gate_bias[row];
     if (expert.up_bias) up_sum += expert.up_bias[row];
-    const Activation kind = c.set.activation;
-    h[pair * h_stride + row] = has_gate(kind)
-                                   ? activate(kind, gate_sum, up_sum, c.set.alpha, c.set.limit)
-                                   : activate_ungated(up_sum);
+    h[pair * h_stride + row] =
+        activate_any(c.set.activation, gate_sum, up_sum, c.set.alpha, c.set.limit);
   }
 }
 

@@ -166,7 +166,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   float sums[2][kBlocks][4] = {};
   multiply<kBlocks>(weights, shared, c.hidden_states, int(c.set.hidden_size), sums);
 
-  const Activation kind = c.set.activation;
   by_parts(sums, [&](int block, const float (&gates)[4], const float (&ups)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -177,8 +176,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       if (expert.gate_bias) gate += expert.gate_bias[row];
       if (expert.up_bias) up += expert.up_bias[row];
       h[pair * inner + row] =
-          ptx::float_to_bf16(has_gate(kind) ? activate(kind, gate, up, c.set.alpha, c.set.limit)
-                                            : activate_ungated(up));
+          ptx::float_to_bf16(activate_any(c.set.activation, gate, up, c.set.alpha, c.set.limit));
     }
   });
 }
