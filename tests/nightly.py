@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bugs that tests plant in the sources: some are looked for at every change, all every night."""
+"""Of a test's many cases some are run at every change, all of them every night."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -7,6 +7,6 @@ from typing import Any
 import pytest
 
 
-def soon(some: Collection[str], bugs: Iterable[str]) -> list[Any]:
+def soon(some: Collection[str], cases: Iterable[str]) -> list[Any]:
     """Parameters for a test: those not in `some` are slow."""
-    return [pytest.param(bug, marks=() if bug in some else pytest.mark.slow) for bug in bugs]
+    return [pytest.param(case, marks=() if case in some else pytest.mark.slow) for case in cases]

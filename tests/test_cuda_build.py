@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from expertyard.native import _C
+from nightly import soon
 
 # Registers a thread at most, by kernel. A multiprocessor has 65536: 4 blocks of 256 threads for the
 # rows, 2 of 128 for the tiles, one of 256 for the packed kernels, which fill shared memory alone.
@@ -142,13 +143,7 @@ ARCHITECTURES = [name.removesuffix("-real") for name in str(_C.build["cuda_archi
 SOON = {*ARCHITECTURES[:1], "90a"}  # to disassemble one takes 20 s and more
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        pytest.param(name, marks=() if name in SOON else pytest.mark.slow)
-        for name in ARCHITECTURES or ["none"]
-    ],
-)
+@pytest.mark.parametrize("architecture", soon(SOON, ARCHITECTURES))
 def test_the_machine_code_loads_16_bytes_at_a_time_and_uses_tensor_cores(
     cuobjdump: str, architecture: str
 ) -> None:

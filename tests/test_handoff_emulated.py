@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from planted import soon
+from nightly import soon
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"

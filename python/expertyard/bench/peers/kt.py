@@ -23,12 +23,13 @@ from ..layer import Layer
 from .base import Parts, Peer, Run, converted, fp8_one_scale, int4_groups, int4_words
 
 _MAX_TOKENS = 4096  # of a call; more than that and it reads beyond its buffers
+_GPTQ = "AVX2GPTQInt4_MOE"  # the one engine that takes GPTQ's words
 _BITS = {"int4": 4, "mxfp4": 4, "fp8": 8}
 # of the first that this kt-kernel has: those for AVX-512, then those for AVX2
 _ENGINES = {
     "bf16": ("AMXBF16_MOE", "AVX2BF16_MOE"),
     "int8": ("AMXInt8_MOE",),
-    "int4": ("AMXInt4_KGroup_MOE", "AVX2GPTQInt4_MOE"),
+    "int4": ("AMXInt4_KGroup_MOE", _GPTQ),
     "fp8": ("AMXFP8_MOE", "AVX2FP8_MOE"),
     "mxfp4": ("AMXFP4_KGroup_MOE", "AVX2MXFP4_MOE"),
 }
@@ -51,7 +52,7 @@ def _engine(engines: Any, base: str) -> str | None:
 
 def _group(base: str, engine: str) -> int:
     """Values of a scale. The int4 engine for AVX-512 gives infinities with groups of 128."""
-    return 128 if base == "fp8" or engine == "AVX2GPTQInt4_MOE" else 32
+    return 128 if base == "fp8" or engine == _GPTQ else 32
 
 
 @cache
@@ -99,7 +100,7 @@ def _make(spare: int, layer: Layer, base: str, threads: int) -> Run:
     config.layer_idx = 0
     config.pool = pool.backend_
     config.max_len = _MAX_TOKENS
-    convert = _int4_gptq if name_of_engine == "AVX2GPTQInt4_MOE" else _CONVERT[base]
+    convert = _int4_gptq if name_of_engine == _GPTQ else _CONVERT[base]
     experts = list(converted(layer, convert))
     stacks, kept = [], []
     for which, name in enumerate(("gate", "up", "down")):
@@ -166,7 +167,7 @@ def _int4_gptq(weight: Tensor) -> Parts:
 
 def _finished(engine: str, parts: Parts) -> Parts:
     """What no longer has its rows first: int4 as GPTQ has it, fp8's scales by block."""
-    if engine == "AVX2GPTQInt4_MOE":
+    if engine == _GPTQ:
         return parts[0].T.contiguous(), parts[1].T.contiguous()
     if engine in _ENGINES["fp8"]:
         return parts[0], parts[1][::128].contiguous()
