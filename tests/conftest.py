@@ -6,7 +6,10 @@ import gc
 import os
 from pathlib import Path
 
+import pytest
+
 import expertyard
+from expertyard import virtual
 
 _package = str(Path(expertyard.__file__).resolve().parents[1])
 os.environ["EXPERTYARD_CROSSOVERS"] = os.devnull  # what this machine has measured is no matter
@@ -24,3 +27,9 @@ def pytest_runtest_teardown() -> None:
     if resident > _MOST_BYTES and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         gc.collect()
         libc.malloc_trim(0)
+
+
+@pytest.fixture(autouse=True)
+def _gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test's virtual GPUs are empty, whatever other tests have left on theirs."""
+    monkeypatch.setattr(virtual, "_gpus", {})
