@@ -2,6 +2,7 @@
 """A packed layer computes what its codes say, on every kernel that runs here and without one."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,38 @@ def test_every_kernel_matches_float64(format, isa, tokens):
                 got = made(given[None])[0]
             tolerance = 1e-4 if dtype == torch.float32 else 0.03
             torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("flush", [False, True], ids=["", "denormals-are-zeros"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_code_of_fp8_has_its_value(isa, flush):
+    """Subnormal ones too, whatever torch does to subnormals; a row with a NaN in it is NaN."""
+    if not any(
+        k["isa"] == isa and k["format"] == "fp8" and k["runnable"] and not k["bf16_inputs"]
+        for k in _C.kernels()
+    ):
+        pytest.skip("no kernel for fp32 hidden states")
+    inner = 300  # panels and tiles end within a group
+    codes = torch.arange(64)[:, None] * 4 + torch.arange(inner) & 0xFF
+    codes[codes & 0x7F == 0x7F] = 0
+    like = quantize(torch.ones(64, inner), get_format("fp8-channel"))
+    matrix = replace(like, codes=codes.to(torch.uint8), scales=torch.ones_like(like.scales))
+    truth = matrix.dequantize()
+    assert {*truth.unique().tolist()} >= {2**-9, -(2**-9), 448}
+    broken = matrix.codes.clone()
+    broken[3, 299], broken[40, 5] = 0x7F, 0xFF
+    made, ill = (PackedLinear(inner, 64, None) for _ in range(2))
+    made.put(matrix)
+    ill.put(replace(matrix, codes=broken))
+    assert torch.set_flush_denormal(flush)
+    try:
+        with forced_isa(isa), torch.no_grad():
+            for x in (torch.eye(inner), torch.eye(inner)[7:12], torch.eye(inner)[4:5]):
+                assert torch.equal(made(x).double(), x.double() @ truth.T)
+                nan = ill(x).isnan()
+                assert nan[:, [3, 40]].all() and nan.sum() == 2 * len(x)
+    finally:
+        torch.set_flush_denormal(False)
 
 
 @pytest.mark.parametrize("format", FORMATS)

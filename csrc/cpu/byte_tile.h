@@ -268,8 +268,9 @@ struct Mxfp4Bytes {
   static constexpr bool kSigned = false;
   template <int i>
   static typename V::I bytes(typename V::I codes) {
-    const auto twice = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
-    return V::look_up(twice, i == 0 ? V::low_nibbles(codes) : V::high_nibbles(codes));
+    alignas(16) static constexpr int8_t kTwice[16] = {12, 13, 14, 15, 16, 18, 20, 24,
+                                                      12, 11, 10, 9,  8,  6,  4,  0};
+    return V::look_up(kTwice, i == 0 ? V::low_nibbles(codes) : V::high_nibbles(codes));
   }
 };
 

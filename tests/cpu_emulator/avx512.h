@@ -64,7 +64,6 @@ EY_BY_HALVES(mul_ps, __m512, __m256, _mm256_mul_ps)
 EY_BY_HALVES(div_ps, __m512, __m256, _mm256_div_ps)
 EY_BY_HALVES(min_ps, __m512, __m256, _mm256_min_ps)
 EY_BY_HALVES(max_ps, __m512, __m256, _mm256_max_ps)
-EY_BY_HALVES(or_ps, __m512, __m256, _mm256_or_ps)
 EY_BY_HALVES(xor_ps, __m512, __m256, _mm256_xor_ps)
 EY_BY_HALVES(unpacklo_ps, __m512, __m256, _mm256_unpacklo_ps)
 EY_BY_HALVES(unpackhi_ps, __m512, __m256, _mm256_unpackhi_ps)
@@ -78,6 +77,7 @@ EY_BY_HALVES(add_epi16, __m512i, __m256i, _mm256_add_epi16)
 EY_BY_HALVES(add_epi32, __m512i, __m256i, _mm256_add_epi32)
 EY_BY_HALVES(sub_epi8, __m512i, __m256i, _mm256_sub_epi8)
 EY_BY_HALVES(and_si512, __m512i, __m256i, _mm256_and_si256)
+EY_BY_HALVES(or_si512, __m512i, __m256i, _mm256_or_si256)
 EY_BY_HALVES(xor_si512, __m512i, __m256i, _mm256_xor_si256)
 EY_BY_HALVES(madd_epi16, __m512i, __m256i, _mm256_madd_epi16)
 EY_BY_HALVES(maddubs_epi16, __m512i, __m256i, _mm256_maddubs_epi16)
@@ -158,10 +158,6 @@ inline __mmask16 less_ps(__m512 a, __m512 b, int predicate) {
 inline __mmask16 cmpeq_epi32_mask(__m512i a, __m512i b) {
   return static_cast<__mmask16>(mask_of<int32_t>(a, b, [](int x, int y) { return x == y; }));
 }
-inline __mmask16 cmplt_epu32_mask(__m512i a, __m512i b) {
-  return static_cast<__mmask16>(
-      mask_of<uint32_t>(a, b, [](uint32_t x, uint32_t y) { return x < y; }));
-}
 inline __mmask64 movepi8_mask(__m512i a) {
   return mask_of<int8_t>(a, a, [](int8_t x, int8_t) { return x < 0; });
 }
@@ -239,12 +235,6 @@ inline __m512i permutexvar_epi16(__m512i index, __m512i table) {
   const auto t = lanes<uint16_t>(table);
   for (auto& v : i.of) v = t.of[v & 31];
   return vector<__m512i>(i);
-}
-inline __m512 permutexvar_ps(__m512i index, __m512 table) {
-  auto i = lanes<uint32_t>(index);
-  const auto t = lanes<uint32_t>(table);
-  for (auto& v : i.of) v = t.of[v & 15];
-  return vector<__m512>(i);
 }
 inline __m512i permutex2var_epi8(__m512i a, __m512i index, __m512i b) {
   auto i = lanes<uint8_t>(index);
@@ -333,7 +323,6 @@ inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
 #define _mm512_castsi512_si256(v) ey_avx512::split<__m256i>(v).half[0]
 #define _mm512_cmp_ps_mask ey_avx512::less_ps
 #define _mm512_cmpeq_epi32_mask ey_avx512::cmpeq_epi32_mask
-#define _mm512_cmplt_epu32_mask ey_avx512::cmplt_epu32_mask
 #define _mm512_cvtepi32_epi8 ey_avx512::cvtepi32_epi8
 #define _mm512_cvtepi32_ps ey_avx512::cvtepi32_ps
 #define _mm512_cvtepu16_epi32 ey_avx512::cvtepu16_epi32
@@ -363,10 +352,9 @@ inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
 #define _mm512_min_ps ey_avx512::min_ps
 #define _mm512_movepi8_mask ey_avx512::movepi8_mask
 #define _mm512_mul_ps ey_avx512::mul_ps
-#define _mm512_or_ps ey_avx512::or_ps
+#define _mm512_or_si512 ey_avx512::or_si512
 #define _mm512_permutex2var_epi8 ey_avx512::permutex2var_epi8
 #define _mm512_permutexvar_epi16 ey_avx512::permutexvar_epi16
-#define _mm512_permutexvar_ps ey_avx512::permutexvar_ps
 #define _mm512_reduce_add_ps ey_avx512::reduce_add_ps
 #define _mm512_reduce_max_ps ey_avx512::reduce_max_ps
 #undef _mm512_roundscale_ps

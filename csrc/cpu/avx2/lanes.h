@@ -43,16 +43,25 @@ struct Lanes {
   }
   static F as_floats(I v) { return _mm256_castsi256_ps(v); }
   static F to_floats(I v) { return _mm256_cvtepi32_ps(v); }
-  static F e2m1(I v) { return _mm256_permutevar8x32_ps(_mm256_load_ps(kE2m1Magnitudes), v); }
-  static F select_small(I v, uint32_t limit, F small, F large) {
-    const auto is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(limit)), v);
-    return _mm256_blendv_ps(large, small, _mm256_castsi256_ps(is_small));
+  // Byte j of each dword at its top, zeros below
+  template <int j>
+  static I top_byte(I v) {
+    constexpr int kNo = 0x00808080, kAt = j << 24;
+    const auto from = _mm_setr_epi32(kNo | kAt, kNo | (kAt + (1 << 26)), kNo | (kAt + (2 << 26)),
+                                     kNo | (kAt + (3 << 26)));
+    return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(from));
   }
-  static F nan_at(I v, uint32_t code, F other) {
-    const auto is_code = _mm256_cmpeq_epi32(_mm256_set1_epi32(static_cast<int>(code)), v);
-    return _mm256_or_ps(other, _mm256_castsi256_ps(is_code));  // all ones is a NaN
+  static I look_up(const int8_t* table, I v) {  // of 16 bytes; v: bytes 0 to 15
+    const auto t = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(t), v);
   }
-  static F sign_of(I sign, F v) { return _mm256_or_ps(v, _mm256_castsi256_ps(sign)); }
+  static I zero() { return _mm256_setzero_si256(); }
+  static I or_int(I a, I b) { return _mm256_or_si256(a, b); }
+  static F nan_unless_zero(I v, F other) {
+    const auto none = _mm256_cmpeq_epi32(v, _mm256_setzero_si256());
+    const auto nan = _mm256_andnot_si256(none, _mm256_set1_epi32(-1));  // all ones is a NaN
+    return _mm256_or_ps(other, _mm256_castsi256_ps(nan));
+  }
   // kLanes scales (or zeros), from the first-th of a line on
   static F scales(ScaleType type, const char* line, int first) {
     const char* p = line + first * size_of(type);
@@ -75,6 +84,11 @@ struct Lanes {
     }
     return set(1);
   }
+  // Token by token: left alone, gcc begins with all tokens' products and runs out of registers.
+  template <class T>
+  static void in_order(T& v) {
+    asm volatile("" : "+x"(v));
+  }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static F set(float v) { return _mm256_set1_ps(v); }
@@ -87,20 +101,13 @@ struct Lanes {
 struct ByteLanes : Lanes {
   static constexpr int kMaxTokens = 4;  // 2 x 4 sums, 2 codes, 2 weights, 1 activation, products
   static constexpr int regs(int num_tokens) { return num_tokens == 1 ? 4 : 2; }
-
-  // Token by token: left alone, gcc begins with all tokens' products and runs out of registers.
-  static void in_order(I& v) { asm volatile("" : "+x"(v)); }
   static I broadcast(const char* p) {
     int v;
     __builtin_memcpy(&v, p, sizeof v);
     return _mm256_set1_epi32(v);
   }
-  static I zero() { return _mm256_setzero_si256(); }
   static I high_nibbles(I v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
   static I low_nibbles(I v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
-  static I look_up(__m128i table, I v) {
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), v);
-  }
   static I magnitudes(I v) { return _mm256_abs_epi8(v); }
   static I signed_by(I v, I sign) { return _mm256_sign_epi8(v, sign); }  // 0 where sign is 0
   static I products(I u8, I s8) { return _mm256_maddubs_epi16(u8, s8); }

@@ -41,19 +41,34 @@ struct Lanes {
   }
   static F as_floats(I v) { return _mm512_castsi512_ps(v); }
   static F to_floats(I v) { return _mm512_cvtepi32_ps(v); }
-  static F e2m1(I v) { return _mm512_permutexvar_ps(v, _mm512_load_ps(kE2m1Magnitudes)); }
-  static F select_small(I v, uint32_t limit, F small, F large) {
-    const auto is_small = _mm512_cmplt_epu32_mask(v, _mm512_set1_epi32(static_cast<int>(limit)));
-    return _mm512_mask_blend_ps(is_small, large, small);
+  // Byte j of each dword at its top, zeros below
+  template <int j>
+  static I top_byte(I v) {
+    constexpr int kNo = 0x00808080, kAt = j << 24;
+    const auto from = _mm_setr_epi32(kNo | kAt, kNo | (kAt + (1 << 26)), kNo | (kAt + (2 << 26)),
+                                     kNo | (kAt + (3 << 26)));
+    return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(from));
   }
-  static F nan_at(I v, uint32_t code, F other) {
-    const auto is_code = _mm512_cmpeq_epi32_mask(v, _mm512_set1_epi32(static_cast<int>(code)));
-    return _mm512_mask_blend_ps(is_code, other, _mm512_set1_ps(__builtin_nanf("")));
+  static I look_up(const int8_t* table, I v) {  // of 16 bytes; v: bytes 0 to 15
+    const auto t = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), v);
   }
-  static F sign_of(I sign, F v) { return _mm512_or_ps(v, _mm512_castsi512_ps(sign)); }
+  static I zero() { return _mm512_setzero_si512(); }
+  static I or_int(I a, I b) { return _mm512_or_si512(a, b); }
+  static F nan_unless_zero(I v, F other) {
+    const auto none = _mm512_cmpeq_epi32_mask(v, _mm512_setzero_si512());
+    return _mm512_mask_blend_ps(none, _mm512_set1_ps(__builtin_nanf("")), other);
+  }
   // kLanes scales (or zeros), from the first-th of a line on
   static F scales(ScaleType type, const char* line, int first) {
     return load_scales(type, line + first * size_of(type));
+  }
+  // Token by token: left alone, gcc begins with all tokens' products and runs out of registers.
+  template <class T>
+  static void in_order([[maybe_unused]] T& v) {
+#ifndef EY_EMULATE_AVX512
+    asm volatile("" : "+v"(v));
+#endif
   }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
@@ -66,24 +81,13 @@ struct Lanes {
 // What byte_tile.h needs beside: bytes and their products.
 struct ByteLanes : Lanes {
   static constexpr int kMaxTokens = 8;  // 16 sums, 2 codes, 2 weights, 1 activation, products
-
-  // Token by token: left alone, gcc begins with all tokens' products and runs out of registers.
-#ifdef EY_EMULATE_AVX512
-  static void in_order(I&) {}
-#else
-  static void in_order(I& v) { asm volatile("" : "+v"(v)); }
-#endif
   static I broadcast(const char* p) {
     int v;
     __builtin_memcpy(&v, p, sizeof v);
     return _mm512_set1_epi32(v);
   }
-  static I zero() { return _mm512_setzero_si512(); }
   static I high_nibbles(I v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
   static I low_nibbles(I v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
-  static I look_up(__m128i table, I v) {
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), v);
-  }
   static I magnitudes(I v) { return _mm512_abs_epi8(v); }
   static I signed_by(I v, I sign) {
     return _mm512_mask_sub_epi8(v, _mm512_movepi8_mask(sign), _mm512_setzero_si512(), v);

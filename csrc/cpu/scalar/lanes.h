@@ -62,13 +62,23 @@ struct Lanes {
   static I add_int(I v, uint32_t n) { return v + n; }
   static F as_floats(I v) { return bits<float>(v); }
   static F to_floats(I v) { return static_cast<float>(static_cast<int32_t>(v)); }
-  static F e2m1(I v) { return kE2m1Magnitudes[v & 7]; }
-  static F select_small(I v, uint32_t limit, F small, F large) { return v < limit ? small : large; }
-  static F nan_at(I v, uint32_t code, F other) { return v == code ? __builtin_nanf("") : other; }
-  static F sign_of(I sign, F v) { return bits<float>(bits<uint32_t>(v) | sign); }
+  // Byte j at the top, zeros below
+  template <int j>
+  static I top_byte(I v) {
+    return v << (24 - 8 * j) & 0xFF000000u;
+  }
+  static I look_up(const int8_t* table, I v) {  // of 16 bytes; v: bytes 0 to 15
+    I out = 0;
+    for (int i = 0; i < 32; i += 8) out |= I{static_cast<uint8_t>(table[v >> i & 15])} << i;
+    return out;
+  }
+  static I zero() { return 0; }
+  static I or_int(I a, I b) { return a | b; }
+  static F nan_unless_zero(I v, F other) { return v != 0 ? __builtin_nanf("") : other; }
   static F scales(ScaleType type, const char* line, int first) {
     return scale_at(type, line, first);
   }
+  static void in_order(F&) {}
   static F load(const float* p) { return *p; }
   static void store(float* p, F v) { *p = v; }
   static F set(float v) { return v; }
