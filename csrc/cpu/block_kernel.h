@@ -138,8 +138,8 @@ void Fp32<V, W>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride,
             V::in_order(xm);
 #pragma GCC unroll 8
             for (int r = 0; r < kRegs; ++r) {
-              auto sum = V::fma(w[r], xm, acc[r][m]);
-              V::in_order(sum);
+              auto sum = acc[r][m];
+              V::accumulate(sum, w[r], xm);
               acc[r][m] = sum;
             }
           }

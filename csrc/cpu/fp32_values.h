@@ -12,8 +12,6 @@
 // shuffle and a conversion for each weight, and no shifts that spread its sign.
 #pragma once
 
-#include <type_traits>
-
 #include "../blocks.h"
 
 namespace ey::cpu {
@@ -29,7 +27,7 @@ struct Bf16Values {
   static typename V::I prepare(typename V::I d) { return d; }
   template <int j>
   static typename V::F value(typename V::I d) {
-    return V::as_floats(j == 0 ? V::template shift_left<16>(d) : V::mask(d, 0xFFFF0000u));
+    return V::as_floats(j == 0 ? V::template shift_left<16>(d) : V::high_half(d));
   }
 };
 

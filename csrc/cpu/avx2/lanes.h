@@ -46,10 +46,21 @@ struct Lanes {
   // Byte j of each dword at its top, zeros below
   template <int j>
   static I top_byte(I v) {
-    constexpr int kNo = 0x00808080, kAt = j << 24;
-    const auto from = _mm_setr_epi32(kNo | kAt, kNo | (kAt + (1 << 26)), kNo | (kAt + (2 << 26)),
-                                     kNo | (kAt + (3 << 26)));
-    return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(from));
+    alignas(32) static constexpr uint32_t kFrom[8] = {from(j),      from(j + 4), from(j + 8),
+                                                      from(j + 12), from(j),     from(j + 4),
+                                                      from(j + 8),  from(j + 12)};
+    I out;
+    asm("vpshufb %2, %1, %0" : "=x"(out) : "x"(v), "m"(kFrom));
+    return out;
+  }
+  static constexpr uint32_t from(int byte) { return 0x00808080u | uint32_t(byte) << 24; }
+  static I high_half(I v) {
+    alignas(32) static constexpr uint32_t kHigh[8] = {0xFFFF0000u, 0xFFFF0000u, 0xFFFF0000u,
+                                                      0xFFFF0000u, 0xFFFF0000u, 0xFFFF0000u,
+                                                      0xFFFF0000u, 0xFFFF0000u};
+    I out;
+    asm("vpand %2, %1, %0" : "=x"(out) : "x"(v), "m"(kHigh));
+    return out;
   }
   static I look_up(const int8_t* table, I v) {  // of 16 bytes; v: bytes 0 to 15
     const auto t = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
@@ -88,6 +99,10 @@ struct Lanes {
   template <class T>
   static void in_order(T& v) {
     asm volatile("" : "+x"(v));
+  }
+  // sum += a * b, in the form that overwrites the sum: others cost a copy, and a register
+  static void accumulate(F& sum, F a, F b) {
+    asm volatile("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
   }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }

@@ -36,6 +36,7 @@ struct Lanes {
   static I mask(I v, uint32_t m) {
     return _mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(m)));
   }
+  static I high_half(I v) { return mask(v, 0xFFFF0000u); }
   static I add_int(I v, uint32_t n) {
     return _mm512_add_epi32(v, _mm512_set1_epi32(static_cast<int>(n)));
   }
@@ -69,6 +70,10 @@ struct Lanes {
 #ifndef EY_EMULATE_AVX512
     asm volatile("" : "+v"(v));
 #endif
+  }
+  static void accumulate(F& sum, F a, F b) {
+    sum = _mm512_fmadd_ps(a, b, sum);
+    in_order(sum);
   }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }

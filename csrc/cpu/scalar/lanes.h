@@ -59,6 +59,7 @@ struct Lanes {
   }
   static I mask(I v, uint32_t m) { return v & m; }
   static I flip(I v, uint32_t m) { return v ^ m; }
+  static I high_half(I v) { return v & 0xFFFF0000u; }
   static I add_int(I v, uint32_t n) { return v + n; }
   static F as_floats(I v) { return bits<float>(v); }
   static F to_floats(I v) { return static_cast<float>(static_cast<int32_t>(v)); }
@@ -79,6 +80,7 @@ struct Lanes {
     return scale_at(type, line, first);
   }
   static void in_order(F&) {}
+  static void accumulate(F& sum, F a, F b) { sum = a * b + sum; }
   static F load(const float* p) { return *p; }
   static void store(float* p, F v) { *p = v; }
   static F set(float v) { return v; }
