@@ -137,11 +137,7 @@ void Fp32<V, W>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride,
             auto xm = V::set(token[m][at + decltype(j)::value]);
             V::in_order(xm);
 #pragma GCC unroll 8
-            for (int r = 0; r < kRegs; ++r) {
-              auto sum = acc[r][m];
-              V::accumulate(sum, w[r], xm);
-              acc[r][m] = sum;
-            }
+            for (int r = 0; r < kRegs; ++r) V::accumulate(acc[r][m], w[r], xm);
           }
         };
         [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {

@@ -19,8 +19,9 @@
 namespace ey::cpu {
 namespace {
 
-// With more tokens than one tile, rows are cut here so that a tile's activations stay in L1.
-inline constexpr int64_t kChunk = 2048;
+// With more tokens than one tile, rows are cut here so that a tile's activations stay in L1: bytes
+// of one of them.
+inline constexpr int64_t kChunkBytes = 4096;
 
 template <class V, class W, int R, int M, bool kPrefetch>
 [[gnu::noinline]] void tile(const char* w, int64_t w_stride, const char* next,
@@ -97,7 +98,7 @@ template <class V, class W>
 void rows(const RowsArgs& a) {
   using AllTiles = Tiles<V, W, std::make_integer_sequence<int, V::kMaxTokens>>;
   const int tiles = (a.num_tokens + V::kMaxTokens - 1) / V::kMaxTokens;
-  const int64_t chunk = tiles == 1 ? a.k : kChunk;
+  const int64_t chunk = tiles == 1 ? a.k : kChunkBytes / int64_t{sizeof(typename V::X)};
   const auto ahead = static_cast<int>(kAhead / (a.k * W::kSize)) + 1;  // rows
   for (int64_t begin = 0; begin < a.k; begin += chunk) {
     const int64_t end = begin + chunk < a.k ? begin + chunk : a.k;

@@ -100,10 +100,7 @@ struct Lanes {
   static void in_order(T& v) {
     asm volatile("" : "+x"(v));
   }
-  // sum += a * b, in the form that overwrites the sum: others cost a copy, and a register
-  static void accumulate(F& sum, F a, F b) {
-    asm volatile("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
-  }
+  static void accumulate(F& sum, F a, F b) { cpu::accumulate(sum, a, b); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static F set(float v) { return _mm256_set1_ps(v); }

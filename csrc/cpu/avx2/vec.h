@@ -13,6 +13,14 @@
 namespace ey::cpu {
 namespace {
 
+// sum += a * b in the form that overwrites the sum: others cost a copy, and a tile of twelve sums
+// has no register for it. In the order that is written, so that none is kept elsewhere meanwhile.
+[[gnu::always_inline]] inline void accumulate(__m256& sum, __m256 a, __m256 b) {
+  __m256 s = sum;  // where sum is of an array, gcc would keep that in memory
+  asm volatile("vfmadd231ps %2, %1, %0" : "+x"(s) : "x"(a), "x"(b));
+  sum = s;
+}
+
 struct Vec {
   using X = float;
   using W = __m256;
@@ -24,7 +32,7 @@ struct Vec {
 
   static Acc zero() { return _mm256_setzero_ps(); }
   static __m256 load_x(const X* p) { return _mm256_loadu_ps(p); }
-  static void fma(Acc& acc, W w, __m256 x) { acc = _mm256_fmadd_ps(w, x, acc); }
+  static void fma(Acc& acc, W w, __m256 x) { accumulate(acc, w, x); }
   static void mix(Acc& acc, const char* p) {
     acc = _mm256_xor_ps(acc, _mm256_loadu_ps(reinterpret_cast<const float*>(p)));
   }

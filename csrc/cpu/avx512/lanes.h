@@ -72,8 +72,9 @@ struct Lanes {
 #endif
   }
   static void accumulate(F& sum, F a, F b) {
-    sum = _mm512_fmadd_ps(a, b, sum);
-    in_order(sum);
+    F s = _mm512_fmadd_ps(a, b, sum);
+    in_order(s);  // of an element of an array, and gcc would keep that in memory
+    sum = s;
   }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
