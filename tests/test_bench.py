@@ -221,7 +221,8 @@ def test_a_peer_computes_the_layer_or_says_why_not(layer: Layer, name: str) -> N
             measuring.check_peer(layer, chosen, plan, measuring.make_checks(layer, plan), 2)
         except ValueError as error:
             # without VNNI torch's own 8-bit products saturate: a wrong peer is named, as here
-            assert "ignores" in str(error) or (name == "linear_dynamic" and not VNNI)
+            reasons = ("ignores", "takes whole blocks", "engine for this CPU")
+            assert any(r in str(error) for r in reasons) or (name == "linear_dynamic" and not VNNI)
         except RuntimeError as error:
             assert "needs" in str(error) or "need the cpu support" in str(error)
     layer.forget()
