@@ -321,16 +321,20 @@ __attribute__((target("avx2"))) Problem rows_in_eight(const Job& job, const Plai
   return any_rows<8>(job, from, rows, row, blocks, codes, stride, scales, zeros);
 }
 
+#ifndef EY_EMULATE_AVX512  // emulated are kernels only
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))) Problem
 rows_in_sixteen(const Job& job, const PlainRows& from, int64_t rows, float* row, float* blocks,
                 uint8_t* codes, int64_t stride, char* scales, char* zeros) {
   return any_rows<16>(job, from, rows, row, blocks, codes, stride, scales, zeros);
 }
 #endif
+#endif
 
 Rows* widest() {
 #ifdef __x86_64__
+#ifndef EY_EMULATE_AVX512
   if (cpu::features() & cpu::kFeatureAvx512) return rows_in_sixteen;
+#endif
   if (cpu::features() & cpu::kFeatureAvx2) return rows_in_eight;
 #endif
   return rows_in_four;
