@@ -6,13 +6,15 @@
 // and the sum is scaled: c = sum_g scale_g * (sum_k w_k x_k - (zero_g - centre) * sum_k x_k), with
 // w the code less its format's centre.
 //
-//   V::kLanes, V::kMaxTokens, V::regs(M) lanes of a vector; tokens of the largest tile; vectors
-//   that
-//                                        M tokens leave registers for
-//   V::load dwords, V::shift/mask ...    see W below
-//   W, in fp32_values.h                  makes floats of a step's codes
-//   an activation row                    fp32 values, padded to kGroup; then the sums of its groups
-//                                        if the weights have zeros
+//   V::kLanes, V::kMaxTokens   lanes of a vector; tokens of the largest tile
+//   V::regs(M)                 vectors that M tokens leave registers for: see the room's lanes.h
+//   V::accumulate(sum, a, b)   sum += a * b, in the order that is written
+//   W, in fp32_values.h        makes floats of a step's codes
+//   an activation row          fp32 values, padded to kGroup; then the sums of its groups if the
+//                              weights have zeros
+//
+// For each k of a step and M tokens: 2 instructions for each vector of weights (fp8: 4), M loads
+// that spread an activation over the lanes, M multiply-adds for each vector.
 #pragma once
 
 #include <type_traits>

@@ -23,9 +23,17 @@ namespace {
 // of one of them.
 inline constexpr int64_t kChunkBytes = 4096;
 
+// What is fetched meanwhile: rows as far apart as the tile's, a line of each at every `turns`-th
+// line of these, from the turn-th on. With several tiles each takes its turn: fetched in a burst,
+// lines would wait for one another, and the loads behind them too.
+struct Next {
+  const char* rows;  // null: nothing
+  int turns, turn;
+};
+
 template <class V, class W, int R, int M, bool kPrefetch>
-[[gnu::noinline]] void tile(const char* w, int64_t w_stride, const char* next,
-                            const void* const* x_rows, int64_t begin, int64_t end, float* c) {
+[[gnu::noinline]] void tile(const char* w, int64_t w_stride, Next next, const void* const* x_rows,
+                            int64_t begin, int64_t end, float* c) {
   using X = typename V::X;
   constexpr int kLine = 64 / W::kSize;  // weights in a cache line
   constexpr int kSteps = kLine > V::kWidth ? kLine / V::kWidth : 1;
@@ -53,10 +61,15 @@ template <class V, class W, int R, int M, bool kPrefetch>
   const auto whole = [](const char* p) __attribute__((always_inline)) { return W::load(p); };
 
   int64_t k = begin;
+  int wait = next.turn;
   for (; k + kLine <= end; k += kLine) {
     if constexpr (kPrefetch) {
+      if (wait == 0) {
+        wait = next.turns;
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * w_stride + k * W::kSize);
+        for (int r = 0; r < R; ++r) __builtin_prefetch(next.rows + r * w_stride + k * W::kSize);
+      }
+      --wait;
     }
 #pragma GCC unroll 4
     for (int s = 0; s < kSteps; ++s) multiply(k + s * V::kWidth, whole);
@@ -80,8 +93,7 @@ template <class V, class W, int R, int M, bool kPrefetch>
   }
 }
 
-using RowsTile = void (*)(const char*, int64_t, const char*, const void* const*, int64_t, int64_t,
-                          float*);
+using RowsTile = void (*)(const char*, int64_t, Next, const void* const*, int64_t, int64_t, float*);
 
 // Tiles for 1 .. kMaxTokens tokens: [full row group or single row][prefetch][tokens - 1]
 template <class V, class W, class Tokens>
@@ -111,16 +123,16 @@ void rows(const RowsArgs& a) {
         const int step = full ? group : 1;
         const char* w = a.w + r * a.w_stride;
         // One tile: memory is the limit, so fetch what comes kAhead bytes later. Several: the block
-        // is in cache after the first tile, so the last one fetches the next block.
-        const char* next = nullptr;
+        // is in cache after the first tile, so they fetch the next one's rows meanwhile.
+        Next next = {.rows = nullptr, .turns = tiles, .turn = t};
         const int later = tiles == 1 ? r + (ahead + step - 1) / step * step : a.num_rows + r;
         if (later < a.num_rows) {
-          next = a.w + later * a.w_stride;
-        } else if (a.next != nullptr && t == tiles - 1) {
-          next = a.next + (later - a.num_rows) * a.w_stride;
+          next.rows = a.w + later * a.w_stride;
+        } else if (a.next != nullptr) {
+          next.rows = a.next + (later - a.num_rows) * a.w_stride;
         }
-        AllTiles::table[!full][next != nullptr][count - 1](w, a.w_stride, next, a.x + first, begin,
-                                                           end, a.c + first * kBlockRows + r);
+        AllTiles::table[!full][next.rows != nullptr][count - 1](
+            w, a.w_stride, next, a.x + first, begin, end, a.c + first * kBlockRows + r);
         r += step;
       }
     }

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packed weights in fp32 for many tokens: expanded once for all of them.
+// Packed weights in fp32 for many tokens: expanded once for all of them. A stretch of the block
+// becomes a panel [k][kLanes] of scaled floats that stays in L2 while all tiles pass; a tile then is
+// nothing but loads and multiply-adds, as many sums as block_kernel.h's.
 #pragma once
 
 #include <type_traits>
@@ -14,8 +16,6 @@ namespace {
 
 inline constexpr int64_t kStretchFp32 = 1024;  // six tokens' activations: 24 KB of an L1
 
-// Many tokens: a stretch of the block becomes fp32 weights once, scaled, in a panel that stays in
-// L2 while all tiles pass: [k][kLanes] floats.
 inline constexpr int64_t kPanelBytes = kStretchFp32 * kLanes * sizeof(float);
 inline int64_t fp32_panel_bytes(int64_t) { return kPanelBytes; }
 
