@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Packed weights in fp32 for many tokens: expanded once for all of them. A stretch of the block
-// becomes a panel [k][kLanes] of scaled floats that stays in L2 while all tiles pass; a tile then is
-// nothing but loads and multiply-adds, as many sums as block_kernel.h's.
+// becomes a panel [k][kLanes] of scaled floats that stays in L2 while all tiles pass; a tile then
+// is nothing but loads and multiply-adds, as many sums as block_kernel.h's.
 #pragma once
 
 #include <type_traits>
