@@ -10,11 +10,8 @@
 //   8-bit codes   signed: |w| x (x with w's sign), 2 x 128 x 127 < 2^15. A word holds one of them:
 //                 4 instructions.
 //
-// A lane is an output row. E, an expander, makes bytes of a step of codes:
-//   E::kStep, E::kDots           k in a step; dots of four k
-//   E::kSigned, E::kCentre       whether bytes are signed integers; what comes off unsigned ones
-//   E::bytes<i>(codes)           of dot i
-// V is a room's vectors: 4-byte lanes, and ByteLanes' products.
+// A lane is an output row. E, in byte_values.h, makes bytes of a step of codes; V is a room's
+// vectors: 4-byte lanes, and ByteLanes' products. Registers: see the room's lanes.h.
 #pragma once
 
 #include <immintrin.h>
@@ -23,31 +20,11 @@
 
 #include "activation.h"
 #include "block_kernel.h"
+#include "byte_rows.h"
+#include "byte_values.h"
 
 namespace ey::cpu {
 namespace {
-
-// An activation row is records, each of `values` k: as wide as a group of the weights, at most
-// kGroup. scale and q as in fast_rows.h; a run is what two words hold the products of:
-//
-//   scale fp32 | start int16 [runs][2] | q int8 [values]
-//
-// start[i] = -centre * sum of q[k] over the run's k with k / 2 % 2 = i, the ones that meet in a
-// word. 0 for signed weights.
-struct ByteRow {
-  static constexpr int64_t kRun = 64, kScale = 0, kStart = 4;
-  int64_t values;  // of a record
-
-  explicit ByteRow(const Packing& p) : values(p.group_size > 0 ? p.group_size : kGroup) {}
-  int64_t runs() const { return values > kRun ? values / kRun : 1; }
-  int64_t codes_at() const { return kStart + 4 * runs(); }
-  int64_t record_bytes() const { return codes_at() + values; }
-  int64_t at(int64_t k) const { return k / values * record_bytes(); }  // k: where a record begins
-};
-
-inline int64_t byte_row_bytes(const RowShape& s) {
-  return round_up(ByteRow(s.packing).at(round_up(s.k, kGroup)), 64) + 64;
-}
 
 template <class V, class E>
 struct Bytes {
@@ -62,24 +39,26 @@ struct Bytes {
   template <int M, int kRuns, bool kZeros>
   static void groups(const Stretch& s, const char* x, int64_t x_stride, float* c);
 
-  // What a step asks memory for: a line each, `step` bytes further every time.
+  // What a step asks memory for, the first time that it is passed: a line each, `step` bytes
+  // further every time.
   struct Ahead {
     const char *first, *second;
     int64_t step;
+    bool wanted;
   };
   // acc[m][r] += dots of `count` steps, from q of token m at token[m] + at on
-  template <int M, int kRegs, bool kFetch>
+  template <int M, int kRegs>
   [[gnu::always_inline]] static inline void multiply(const char* codes, int64_t count,
                                                      const char* const (&token)[M], int64_t at,
                                                      Ahead& ahead, I (&acc)[M][kRegs]);
 };
 
 template <class V, class E>
-template <int M, int kRegs, bool kFetch>
+template <int M, int kRegs>
 void Bytes<V, E>::multiply(const char* codes, int64_t count, const char* const (&token)[M],
-                           int64_t at, [[maybe_unused]] Ahead& ahead, I (&acc)[M][kRegs]) {
+                           int64_t at, Ahead& ahead, I (&acc)[M][kRegs]) {
   for (; count > 0; --count, codes += kStepBytes, at += E::kStep) {
-    if constexpr (kFetch) {
+    if (ahead.wanted) {
       __builtin_prefetch(ahead.first);
       __builtin_prefetch(ahead.second);
       ahead.first += ahead.step;
@@ -146,18 +125,11 @@ void Bytes<V, E>::groups(const Stretch& s, const char* x, int64_t x_stride, floa
         V::store(offset + lane, V::fma(zero, V::set(1.0f / E::kCentre), V::set(-1)));
       }
     }
-    Ahead ahead = {s.fetch_at(steps), s.second_at(steps), s.fetch_step()};
+    Ahead ahead = {s.fetch_at(steps), s.second_at(steps), s.fetch_step(), true};
     for (int first = 0; first < kLanes; first += kRegs * V::kLanes) {
-      const auto run = [&](int64_t begin, int64_t n, I(&acc)[M][kRegs])
-                           __attribute__((always_inline)) {
-                             const char* codes = steps + begin * kStepBytes + first * 4;
-                             const int64_t at = record + codes_at + begin * E::kStep;
-                             if (first == 0) {
-                               multiply<M, kRegs, true>(codes, n, token, at, ahead, acc);
-                             } else {
-                               multiply<M, kRegs, false>(codes, n, token, at, ahead, acc);
-                             }
-                           };
+      ahead.wanted = first == 0;
+      const char* codes = steps + first * 4;
+      const int64_t at = record + codes_at;
       I sum[M][kRegs];
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
@@ -165,7 +137,7 @@ void Bytes<V, E>::groups(const Stretch& s, const char* x, int64_t x_stride, floa
 #pragma GCC unroll 4
         for (int r = 0; r < kRegs; ++r) sum[m][r] = E::kSigned ? V::zero() : start;
       }
-      run(0, kRuns == 1 || count < kRunSteps ? count : kRunSteps, sum);
+      multiply(codes, kRuns == 1 || count < kRunSteps ? count : kRunSteps, token, at, ahead, sum);
       if constexpr (!E::kSigned) {
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
@@ -181,7 +153,8 @@ void Bytes<V, E>::groups(const Stretch& s, const char* x, int64_t x_stride, floa
 #pragma GCC unroll 4
           for (int r = 0; r < kRegs; ++r) second[m][r] = start;
         }
-        run(kRunSteps, count - kRunSteps, second);
+        multiply(codes + kRunSteps * kStepBytes, count - kRunSteps, token, at + ByteRow::kRun,
+                 ahead, second);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
@@ -242,104 +215,6 @@ void Bytes<V, E>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride
         float* out = c + m * kBlockRows + lane;
         V::store(out, V::mul(V::load(out), scale));
       }
-    }
-  }
-}
-
-// Codes of 4 bits and the integers that they stand for, plus kCentre, times 1 / kUnit.
-template <class V>
-struct Int4Bytes {
-  static constexpr Format kFormat = Format::kInt4;
-  static constexpr int kStep = 8, kDots = 2, kCentre = 8;
-  static constexpr float kUnit = 1;
-  static constexpr bool kSigned = false;
-  template <int i>
-  static typename V::I bytes(typename V::I codes) {
-    return i == 0 ? V::low_nibbles(codes) : V::high_nibbles(codes);
-  }
-};
-
-// Twice an e2m1 value is an integer from -12 to 12.
-template <class V>
-struct Mxfp4Bytes {
-  static constexpr Format kFormat = Format::kMxfp4;
-  static constexpr int kStep = 8, kDots = 2, kCentre = 12;
-  static constexpr float kUnit = 0.5f;
-  static constexpr bool kSigned = false;
-  template <int i>
-  static typename V::I bytes(typename V::I codes) {
-    alignas(16) static constexpr int8_t kTwice[16] = {12, 13, 14, 15, 16, 18, 20, 24,
-                                                      12, 11, 10, 9,  8,  6,  4,  0};
-    return V::look_up(kTwice, i == 0 ? V::low_nibbles(codes) : V::high_nibbles(codes));
-  }
-};
-
-template <class V>
-struct Int8Bytes {
-  static constexpr Format kFormat = Format::kInt8;
-  static constexpr int kStep = 4, kDots = 1, kCentre = 128;
-  static constexpr float kUnit = 1;
-  static constexpr bool kSigned = true;
-  template <int i>
-  static typename V::I bytes(typename V::I codes) {
-    return V::flip(codes, 0x80808080u);
-  }
-};
-
-// Two words: `times` x the sum of q[k] with k / 2 even, and odd. n: a multiple of 32.
-inline int32_t starts(const int8_t* q, int64_t n, int times) {
-  auto sums = _mm256_setzero_si256();
-  for (int64_t i = 0; i < n; i += 32) {
-    const auto v = _mm256_load_si256(reinterpret_cast<const __m256i*>(q + i));
-    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(_mm256_set1_epi8(1), v));
-  }
-  const auto half = _mm_add_epi16(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-  const auto quarter = _mm_add_epi16(half, _mm_shuffle_epi32(half, 0x4E));
-  const auto dword = _mm_add_epi16(quarter, _mm_shuffle_epi32(quarter, 0xB1));
-  return _mm_cvtsi128_si32(_mm_mullo_epi16(dword, _mm_set1_epi16(static_cast<int16_t>(times))));
-}
-
-// A group of values as fast_rows.h has it, with the instructions of AVX2.
-template <class E>
-void byte_load_group(const LoadGroupArgs& a) {
-  const ByteRow row(a.shape.packing);
-  alignas(32) float values[kGroup];
-  alignas(32) int8_t codes[kGroup];
-  __builtin_memcpy(values, a.from, a.n * sizeof(float));
-  for (int i = a.n; i < kGroup; ++i) values[i] = 0;
-  const auto magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
-  auto largest = _mm256_setzero_ps(), finite = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
-  for (int i = 0; i < kGroup; i += 8) {
-    const auto v = _mm256_and_ps(_mm256_load_ps(values + i), magnitude);
-    finite = _mm256_and_ps(finite, _mm256_cmp_ps(v, _mm256_set1_ps(__builtin_inff()), _CMP_LT_OQ));
-    largest = _mm256_max_ps(largest, v);
-  }
-  alignas(32) float parts[8];
-  _mm256_store_ps(parts, largest);
-  float most = 0;
-  for (const float part : parts) most = part > most ? part : most;
-  // What is not finite has no integer: a scale of NaN brings it to the token's output.
-  if (_mm256_movemask_ps(finite) != 0xFF) most = __builtin_nanf("");
-  const auto inverse = _mm256_set1_ps(most > 0 ? 127 / most : 0);
-  const auto rounded = [&](int i) {
-    return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(values + i), inverse));
-  };
-  for (int i = 0; i < kGroup; i += 32) {
-    const auto low = _mm256_packs_epi32(rounded(i), rounded(i + 8));
-    const auto high = _mm256_packs_epi32(rounded(i + 16), rounded(i + 24));
-    const auto order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing goes half by half
-    _mm256_store_si256(reinterpret_cast<__m256i*>(codes + i),
-                       _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
-  }
-  const float scale = most / 127;
-  char* to = a.row + row.at(a.k_begin);
-  const int64_t run = row.values < ByteRow::kRun ? row.values : ByteRow::kRun;
-  for (int64_t g = 0; g < kGroup; g += row.values, to += row.record_bytes()) {
-    __builtin_memcpy(to + ByteRow::kScale, &scale, sizeof scale);
-    __builtin_memcpy(to + row.codes_at(), codes + g, row.values);
-    for (int64_t r = 0; r < row.values; r += run) {
-      const int32_t start = E::kSigned ? 0 : starts(codes + g + r, run, -E::kCentre);
-      __builtin_memcpy(to + ByteRow::kStart + r / run * 4, &start, sizeof start);
     }
   }
 }
