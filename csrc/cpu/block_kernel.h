@@ -17,7 +17,6 @@
 // that spread an activation over the lanes, M multiply-adds for each vector.
 #pragma once
 
-#include <type_traits>
 #include <utility>
 
 #include "activation.h"
@@ -177,10 +176,9 @@ void Fp32<V, W>::Tile<M>::run(const Stretch& s, const char* x, int64_t x_stride,
 }
 
 template <class V, class W>
-void multiply_block(const MultiplyArgs& a) {
+void multiply_any(const MultiplyArgs& a) {
   constexpr int kMax = V::kMaxTokens;
   const BlockShape shape{W::kFormat, a.w.packing, a.w.k};
-  [[maybe_unused]] const std::conditional_t<W::kSubnormal, KeepSubnormals, bool> keep{};
   if constexpr (W::kPanelFromTokens > 0) {
     if (a.num_tokens >= W::kPanelFromTokens) {
       multiply_panels<V, W>(a, shape);
@@ -190,6 +188,14 @@ void multiply_block(const MultiplyArgs& a) {
   static constexpr auto table =
       tile_table<Fp32<V, W>::template Tile>(std::make_integer_sequence<int, kMax>{});
   run_tiles<kMax, kStretchFp32>(a, shape, table.of);
+}
+
+template <class V, class W>
+void multiply_block(const MultiplyArgs& a) {
+  [[maybe_unused]] unsigned kept = 0;
+  if constexpr (W::kSubnormal) kept = keep_subnormals();
+  multiply_any<V, W>(a);
+  if constexpr (W::kSubnormal) restore_subnormals(kept);
 }
 
 template <class V, class Floats, class W, class Vec>

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// While one of these lives, this thread's subnormal operands keep their values.
+// A thread may take subnormal operands for zeros (torch.set_flush_denormal): not in a kernel whose
+// weights pass through such. Two calls and no object: its destructor would want exception tables.
 #pragma once
 
 #ifdef __SSE__
@@ -9,26 +10,23 @@
 namespace ey::cpu {
 namespace {
 
-class KeepSubnormals {
- public:
-  KeepSubnormals() {
+// From now on this thread's subnormal operands count; returns what restore_subnormals() takes.
+inline unsigned keep_subnormals() {
 #ifdef __SSE__
-    before_ = _mm_getcsr();
-    if (before_ & kZeroes) _mm_setcsr(before_ & ~kZeroes);
+  constexpr unsigned kZeroes = 0x0040;  // "denormals are zeros"
+  const unsigned before = _mm_getcsr();
+  if (before & kZeroes) _mm_setcsr(before & ~kZeroes);
+  return before & kZeroes;
+#else
+  return 0;
 #endif
-  }
-  ~KeepSubnormals() {
-#ifdef __SSE__
-    if (before_ & kZeroes) _mm_setcsr(before_);
-#endif
-  }
-  KeepSubnormals(const KeepSubnormals&) = delete;
-  KeepSubnormals& operator=(const KeepSubnormals&) = delete;
+}
 
- private:
-  static constexpr unsigned kZeroes = 0x0040;  // "denormals are zeros", as torch may have set it
-  [[maybe_unused]] unsigned before_ = 0;
-};
+inline void restore_subnormals([[maybe_unused]] unsigned kept) {
+#ifdef __SSE__
+  if (kept != 0) _mm_setcsr(_mm_getcsr() | kept);
+#endif
+}
 
 }  // namespace
 }  // namespace ey::cpu
