@@ -179,8 +179,8 @@ template <class V, class W>
 void multiply_any(const MultiplyArgs& a) {
   constexpr int kMax = V::kMaxTokens;
   const BlockShape shape{W::kFormat, a.w.packing, a.w.k};
-  if constexpr (W::kPanelFromTokens > 0) {
-    if (a.num_tokens >= W::kPanelFromTokens) {
+  if constexpr (W::kPanelFromTiles > 0) {
+    if (a.num_tokens >= W::kPanelFromTiles * kMax) {
       multiply_panels<V, W>(a, shape);
       return;
     }
@@ -212,8 +212,8 @@ constexpr Kernel block_kernel(const char* isa, uint32_t needs, int rank) {
           .load_row = load_row_by_groups<fp32_load_group>,
           .load_group = fp32_load_group,
           .h_size = sizeof(float),
-          .panel_from_tokens = W::kPanelFromTokens,
-          .panel_bytes = W::kPanelFromTokens > 0 ? fp32_panel_bytes : nullptr,
+          .panel_from_tokens = W::kPanelFromTiles * V::kMaxTokens,
+          .panel_bytes = W::kPanelFromTiles > 0 ? fp32_panel_bytes : nullptr,
           .multiply = multiply_block<V, W>,
           .activate = activate<Floats>,
           .combine = combine<Floats>,

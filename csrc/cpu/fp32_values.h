@@ -5,7 +5,8 @@
 //   W::prepare(dwords)      what is done once for all weights of a step
 //   W::value<j>(prepared)   the j-th weight of a step as floats, divided by kUnit (a power of two)
 //   W::kCentre              what has been subtracted from codes: zeros are told apart from it
-//   W::kPanelFromTokens     tokens from which a panel of fp32 weights pays; 0: never
+//   W::kPanelFromTiles      tiles that would expand a weight each, from which on a panel of fp32
+//                           weights pays; 0: never
 //   W::kNan, W::kSubnormal  whether a code may be NaN; whether subnormal floats are made
 //
 // A code in the highest byte of a dword, and nothing below, is an integer 2^24 times too large: a
@@ -20,7 +21,7 @@ namespace {
 template <class V>
 struct Bf16Values {
   static constexpr Format kFormat = Format::kBf16;
-  static constexpr int kPanelFromTokens = 0;
+  static constexpr int kPanelFromTiles = 0;
   static constexpr int kStep = 2;
   static constexpr float kCentre = 0, kUnit = 1;
   static constexpr bool kNan = false, kSubnormal = false;  // theirs pass through as they are
@@ -35,7 +36,7 @@ struct Bf16Values {
 template <class V>
 struct Int8Values {
   static constexpr Format kFormat = Format::kInt8;
-  static constexpr int kPanelFromTokens = 24;
+  static constexpr int kPanelFromTiles = 4;
   static constexpr int kStep = 4;
   static constexpr float kCentre = 128, kUnit = 0x1p-24f;
   static constexpr bool kNan = false, kSubnormal = false;
@@ -59,7 +60,7 @@ struct Halves {
 template <class V>
 struct Int4Values {
   static constexpr Format kFormat = Format::kInt4;
-  static constexpr int kPanelFromTokens = 24;
+  static constexpr int kPanelFromTiles = 4;
   static constexpr int kStep = 8;
   static constexpr float kCentre = 8, kUnit = 0x1p-28f;
   static constexpr bool kNan = false, kSubnormal = false;
@@ -78,7 +79,7 @@ struct Int4Values {
 template <class V>
 struct Mxfp4Values {
   static constexpr Format kFormat = Format::kMxfp4;
-  static constexpr int kPanelFromTokens = 12;
+  static constexpr int kPanelFromTiles = 2;
   static constexpr int kStep = 8;
   static constexpr float kCentre = 0, kUnit = 0x1p-25f;
   static constexpr bool kNan = false, kSubnormal = false;
@@ -99,7 +100,7 @@ struct Mxfp4Values {
 template <class V>
 struct Fp8Values {
   static constexpr Format kFormat = Format::kFp8;
-  static constexpr int kPanelFromTokens = 12;
+  static constexpr int kPanelFromTiles = 2;
   static constexpr int kStep = 4;
   static constexpr float kCentre = 0, kUnit = 1;
   static constexpr bool kNan = true, kSubnormal = true;
