@@ -17,6 +17,7 @@
 // that spread an activation over the lanes, M multiply-adds for each vector.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "activation.h"

@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 
+#include "fast_rows.h"
 #include "kernel.h"
 
 namespace ey::cpu {
@@ -21,16 +22,12 @@ struct ByteRow {
   static constexpr int64_t kRun = 64, kScale = 0, kStart = 4;
   int64_t values;  // of a record
 
-  explicit ByteRow(const Packing& p) : values(p.group_size > 0 ? p.group_size : kGroup) {}
+  explicit ByteRow(const Packing& p) : values(record_values(p)) {}
   int64_t runs() const { return values > kRun ? values / kRun : 1; }
   int64_t codes_at() const { return kStart + 4 * runs(); }
   int64_t record_bytes() const { return codes_at() + values; }
   int64_t at(int64_t k) const { return k / values * record_bytes(); }  // k: where a record begins
 };
-
-inline int64_t byte_row_bytes(const RowShape& s) {
-  return round_up(ByteRow(s.packing).at(round_up(s.k, kGroup)), 64) + 64;
-}
 
 // Two words: `times` x the sum of q[k] with k / 2 even, and odd. n: a multiple of 32.
 inline int32_t starts(const int8_t* q, int64_t n, int times) {

@@ -247,7 +247,7 @@ template <class V, template <class> class Expander>
 constexpr Kernel byte_kernel(Kernel exact) {
   using E = Expander<V>;
   exact.mode = Mode::kFast;
-  exact.row_bytes = byte_row_bytes;
+  exact.row_bytes = fast_row_bytes<ByteRow>;
   exact.load_row = load_row_by_groups<byte_load_group<E>>;
   exact.load_group = byte_load_group<E>;
   exact.multiply = multiply_bytes<V, E>;

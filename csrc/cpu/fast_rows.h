@@ -16,17 +16,20 @@
 namespace ey::cpu {
 namespace {
 
+inline int64_t record_values(const Packing& p) { return p.group_size > 0 ? p.group_size : kGroup; }
+
 struct FastRow {
   static constexpr int64_t kScale = 0, kStart = 4, kCodes = 8;
   int64_t values;  // of a record
 
-  explicit FastRow(const Packing& p) : values(p.group_size > 0 ? p.group_size : kGroup) {}
+  explicit FastRow(const Packing& p) : values(record_values(p)) {}
   int64_t record_bytes() const { return kCodes + values; }
   int64_t at(int64_t k) const { return k / values * record_bytes(); }  // k: where a record begins
 };
 
-inline int64_t fast_row_bytes(const RowShape& s) {
-  return round_up(FastRow(s.packing).at(round_up(s.k, kGroup)), 64) + 64;
+template <class Row = FastRow>
+int64_t fast_row_bytes(const RowShape& s) {
+  return round_up(Row(s.packing).at(round_up(s.k, kGroup)), 64) + 64;
 }
 
 }  // namespace

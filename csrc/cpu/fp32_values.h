@@ -47,51 +47,43 @@ struct Int8Values {
   }
 };
 
-// Two of a dword's bytes hold code j: the j % 4-th of `low` or of `high`.
+// Codes of 4 bits, in bytes: the j-th is the j % 4-th byte of `low` or of `high`.
 template <class V>
-struct Halves {
-  typename V::I low, high;
+struct FourBitValues {
+  static constexpr int kStep = 8;
+  static constexpr bool kNan = false, kSubnormal = false;
+  struct Halves {
+    typename V::I low, high;
+  };
   template <int j>
-  typename V::F value() const {
-    return V::to_floats(V::template top_byte<j % 4>(j < 4 ? low : high));
+  static typename V::F value(const Halves& h) {
+    return V::to_floats(V::template top_byte<j % 4>(j < 4 ? h.low : h.high));
   }
 };
 
 template <class V>
-struct Int4Values {
+struct Int4Values : FourBitValues<V> {
   static constexpr Format kFormat = Format::kInt4;
   static constexpr int kPanelFromTiles = 4;
-  static constexpr int kStep = 8;
   static constexpr float kCentre = 8, kUnit = 0x1p-28f;
-  static constexpr bool kNan = false, kSubnormal = false;
-  static Halves<V> prepare(typename V::I d) {  // each 16 times its integer
+  static typename FourBitValues<V>::Halves prepare(typename V::I d) {  // each 16 times its integer
     const auto flipped = V::flip(d, 0x88888888u);
     return {V::mask(V::template shift_left<4>(flipped), 0xF0F0F0F0u),
             V::mask(flipped, 0xF0F0F0F0u)};
-  }
-  template <int j>
-  static typename V::F value(const Halves<V>& h) {
-    return h.template value<j>();
   }
 };
 
 // Twice an e2m1 value is an integer.
 template <class V>
-struct Mxfp4Values {
+struct Mxfp4Values : FourBitValues<V> {
   static constexpr Format kFormat = Format::kMxfp4;
   static constexpr int kPanelFromTiles = 2;
-  static constexpr int kStep = 8;
   static constexpr float kCentre = 0, kUnit = 0x1p-25f;
-  static constexpr bool kNan = false, kSubnormal = false;
-  static Halves<V> prepare(typename V::I d) {
+  static typename FourBitValues<V>::Halves prepare(typename V::I d) {
     alignas(16) static constexpr int8_t kTwice[16] = {0, 1,  2,  3,  4,  6,  8,  12,
                                                       0, -1, -2, -3, -4, -6, -8, -12};
     return {V::look_up(kTwice, V::mask(d, 0x0F0F0F0Fu)),
             V::look_up(kTwice, V::mask(V::template shift_right<4>(d), 0x0F0F0F0Fu))};
-  }
-  template <int j>
-  static typename V::F value(const Halves<V>& h) {
-    return h.template value<j>();
   }
 };
 

@@ -226,7 +226,7 @@ constexpr Kernel fast_kernel() {
           .needs = kFeatureAvx512 | kFeatureAvx512Vnni,
           .rank = 3,
           .bf16_inputs = false,
-          .row_bytes = fast_row_bytes,
+          .row_bytes = fast_row_bytes<>,
           .load_row = load_row_by_groups<fast_load_group<E>>,
           .load_group = fast_load_group<E>,
           .h_size = sizeof(float),

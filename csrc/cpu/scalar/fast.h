@@ -116,7 +116,7 @@ constexpr Kernel fast_kernel() {
   Kernel k = packed_kernel<Int4Values>();
   k.format = W::kFormat;
   k.mode = Mode::kFast;
-  k.row_bytes = fast_row_bytes;
+  k.row_bytes = fast_row_bytes<>;
   k.load_row = load_row_by_groups<fast_load_group<W>>;
   k.load_group = fast_load_group<W>;
   k.multiply = fast_multiply<W>;

@@ -3,6 +3,8 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +16,15 @@ Run = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden_states, topk_ids, top
 
 # Largest relative L2 error against float64 on the unquantised weights that is no mistake.
 TOLERANCE = {"bf16": 2e-2, "int8": 6e-2, "fp8": 8e-2, "int4": 0.35, "mxfp4": 0.35}
+
+
+def package_folder(name: str) -> Path | None:
+    """Where an installed package lies; None: it is not installed. Nothing is imported."""
+    found = find_spec(name)
+    if found is None or not found.submodule_search_locations:
+        return None
+    return Path(next(iter(found.submodule_search_locations)))
+
 
 EVERYTHING = dict.fromkeys(("bf16", "int8", "int4", "fp8", "mxfp4"), "bf16")
 

@@ -8,7 +8,6 @@ import ctypes
 import weakref
 from ctypes import c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ...reference import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
 from ..layer import Layer
-from .base import Parts, Peer, Run, converted
+from .base import Parts, Peer, Run, converted, package_folder
 
 # enum ggml_type, which files hold and so never changes
 _F32, _Q4_0, _Q8_0, _Q4_K, _I32, _BF16, _MXFP4 = 0, 2, 8, 12, 26, 30, 39
@@ -77,10 +76,10 @@ class _Ggml:
     """The functions of _FUNCTIONS, without their prefix, out of the libraries of a folder."""
 
     def __init__(self, folder: Path) -> None:
-        # the second one finds the first, and has its functions too
-        libraries = [ctypes.CDLL(str(folder / f"libggml-{name}.so")) for name in ("base", "cpu")]
+        ctypes.CDLL(str(folder / "libggml-base.so"))
+        library = ctypes.CDLL(str(folder / "libggml-cpu.so"))  # finds the other's functions too
         for name, (result, *arguments) in _FUNCTIONS.items():
-            function = getattr(libraries[-1], name)
+            function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
             setattr(self, name.removeprefix("ggml_"), function)
         self.log_set(_silence, None)
@@ -103,19 +102,12 @@ class _Ggml:
         return [*places, self.plain]
 
 
-def _folder() -> Path | None:
-    found = find_spec("llama_cpp")
-    if found is None or not found.submodule_search_locations:
-        return None
-    return Path(next(iter(found.submodule_search_locations))) / "lib"
-
-
 def _absent() -> str | None:
-    folder = _folder()
+    folder = package_folder("llama_cpp")
     if folder is None:
         return "llama-cpp-python is not installed"
-    if not (folder / "libggml-cpu.so").exists():
-        return f"no libggml-cpu.so in {folder}"
+    if not (folder / "lib" / "libggml-cpu.so").exists():
+        return f"no libggml-cpu.so in {folder / 'lib'}"
     try:
         _load()
     except (OSError, AttributeError) as error:
@@ -125,9 +117,9 @@ def _absent() -> str | None:
 
 @cache
 def _load() -> _Ggml:
-    folder = _folder()
+    folder = package_folder("llama_cpp")
     assert folder is not None
-    return _Ggml(folder)
+    return _Ggml(folder / "lib")
 
 
 class _Context:
@@ -182,14 +174,11 @@ class _Weights:
         self.biases = []
         for bias in (layer.gate_bias, layer.up_bias, layer.down_bias):
             if bias is not None:
-                context = self._context(ggml)
+                context = _Context(ggml)
+                self.contexts.append(context)
                 self.biases.append(context.tensor(_F32, bias.shape[1], experts))
                 context.place(ggml.plain)
                 context.fill(self.biases[-1], bias)
-
-    def _context(self, ggml: _Ggml) -> _Context:
-        self.contexts.append(_Context(ggml))
-        return self.contexts[-1]
 
     def _put(self, ggml: _Ggml, type_: int, sizes: tuple[int, int, int], values: Tensor) -> int:
         """In the first place that ggml can multiply with from there, as llama.cpp chooses it."""

